@@ -1,0 +1,249 @@
+"""From a composed configuration to a frozen `Point`: every value checked, every file found, nothing loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qbench.assets import ModelAsset, resolve_model
+from qbench.calibration.corpora import Corpus, resolve_corpus
+from qbench.engine.loop import Recipe
+from qbench.errors import SpecError
+from qbench.evaluation.perplexity import VERSION as PERPLEXITY_VERSION
+from qbench.formats import SCALE_DTYPES, TensorFormat
+from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec, SchemeSpec
+from qbench.stages.pipeline import Pipeline, build_pipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLERS = ("random", "sequential")
+SOURCES = ("memory", "stream")
+EXPORTS = ("none", "hf")
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run that is wanted: its meaning (`spec`, `evaluations`) and how to carry it out (the rest)."""
+
+    spec: RunSpec
+    evaluations: tuple[EvaluationSpec, ...]
+    model: ModelAsset
+    calibration: Corpus | None
+    corpora: tuple[Corpus, ...]
+    pipeline: Pipeline
+    format: TensorFormat | None
+    device: torch.device
+    source: str
+    batch: int | None
+    export: Path | None
+    resume_s: float
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return Recipe(self.pipeline, self.format, self.spec.seed or 0) if self.format is not None else None
+
+    @property
+    def label(self) -> str:
+        """Short text such as `gptq int4_g64_asym`."""
+        return self.spec.algo if self.spec.scheme is None else f"{self.spec.algo} {self.spec.scheme.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What all points of an invocation share."""
+
+    store_url: str
+    results: Path
+    dry_run: bool
+
+
+def sweep_options(config: DictConfig) -> SweepOptions:
+    store, results = config.store.url, config.results
+    if not isinstance(store, str) or "://" not in store:
+        raise SpecError("store.url", store, "a database URL such as sqlite:///results/results.db")
+    return SweepOptions(
+        store_url=store, results=Path(_text("results", results)), dry_run=_flag("dry_run", config.dry_run)
+    )
+
+
+def freeze(config: DictConfig) -> Point:
+    """The point that `config` describes. Raises SpecError or AssetError; reads files, loads no weights."""
+    try:
+        values: Mapping[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SpecError("configuration", error.full_key or "?", str(error).splitlines()[0]) from error
+    pipeline = build_pipeline(values["algo"]["pipeline"])
+    scheme, fmt = _scheme(values) if pipeline.stages else (None, None)
+    if fmt is not None:
+        pipeline.check(frozenset({fmt}))
+    device = _device(values["device"])
+    evaluations, corpora = _evaluations(values["eval"])
+    calibration_spec, calibration = _calibration(values["calib"], pipeline)
+    dtype = _choice("dtype", values["dtype"], DTYPES)
+    seed = _integer("seed", values["seed"], 0)
+    source = _choice("source", values["source"], SOURCES)
+    export = _export(values["export"])
+    batch = values["eval"]["batch"]
+    resume_s = values["resume_s"]
+    if isinstance(resume_s, bool) or not isinstance(resume_s, (int, float)) or resume_s < 0:
+        raise SpecError("resume_s", resume_s, "seconds >= 0")
+    node = values["model"]
+    model = resolve_model(name=node["name"], path=node["path"], asset=node["asset"])
+    spec = RunSpec(
+        algo=_text("algo.name", values["algo"]["name"]),
+        model=ModelSpec(name=model.name, fingerprint=model.fingerprint, dtype=dtype),
+        pipeline=pipeline.specs(),
+        scheme=scheme,
+        calibration=calibration_spec,
+        seed=seed if pipeline.uses_random else None,
+    )
+    return Point(
+        spec=spec,
+        evaluations=evaluations,
+        model=model,
+        calibration=calibration,
+        corpora=corpora,
+        pipeline=pipeline,
+        format=fmt,
+        device=device,
+        source=source,
+        batch=None if batch is None else _integer("eval.batch", batch, 1),
+        export=export,
+        resume_s=float(resume_s),
+    )
+
+
+def baseline(point: Point) -> Point:
+    """The full-precision point that `point` is compared with: same model and evaluations, nothing quantized."""
+    spec = RunSpec(algo="none", model=point.spec.model)
+    return Point(
+        **{f: getattr(point, f) for f in ("evaluations", "model", "corpora", "device", "source", "batch", "resume_s")},
+        spec=spec,
+        calibration=None,
+        pipeline=Pipeline(()),
+        format=None,
+        export=None,
+    )
+
+
+def _scheme(values: Mapping[str, Any]) -> tuple[SchemeSpec, TensorFormat]:
+    bits = _integer("bits", values["bits"], 2, 8)
+    group_size = _integer("group_size", values["group_size"], -1)
+    symmetric = _flag("symmetric", values["symmetric"])
+    scale = _choice("scale_dtype", values["scale_dtype"], SCALE_DTYPES)
+    partial = _flag("partial_group", values["partial_group"])
+    if group_size <= 0:
+        partial = False  # means nothing here, so it must not make a different run
+    spec = SchemeSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale, partial_group=partial)
+    fmt = TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale, partial_group=partial)
+    return spec, fmt
+
+
+def _calibration(node: Mapping[str, Any], pipeline: Pipeline) -> tuple[CalibrationSpec | None, Corpus | None]:
+    """Checked even where the pipeline looks at no data; then it is not part of the run."""
+    n, length = _integer("calib.n", node["n"], 1), _integer("calib.length", node["length"], 2)
+    sampler, seed = _choice("calib.sampler", node["sampler"], SAMPLERS), _integer("calib.seed", node["seed"], 0)
+    if node["name"] == "text" and node["path"] is None:
+        raise SpecError("calib.path", None, "with calib=text: a .txt file, or a .jsonl file with a \"text\" in each row")
+    if node["name"] != "text" and node["path"] is not None:
+        raise SpecError("calib.path", node["path"], f"needs calib=text (now calib={node['name']})")
+    corpus = resolve_corpus(node["name"], node["path"], option="calib.path" if node["path"] else "calib")
+    if not pipeline.needs_data:
+        return None, None
+    spec = CalibrationSpec(
+        corpus=corpus.name,
+        fingerprint=corpus.fingerprint,
+        sampler=sampler,
+        n=n,
+        length=length,
+        seed=seed if sampler == "random" else None,
+    )
+    return spec, corpus
+
+
+def _evaluations(node: Mapping[str, Any]) -> tuple[tuple[EvaluationSpec, ...], tuple[Corpus, ...]]:
+    length = _integer("eval.length", node["length"], 2)
+    n = None if node["n"] is None else _integer("eval.n", node["n"], 1)
+    if node["path"] is not None:
+        corpora = [resolve_corpus(Path(str(node["path"])).stem, str(node["path"]), option="eval.path")]
+    else:
+        names = node["corpora"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise SpecError("eval.corpora", names, "a list of corpora such as [wikipedia-sample,c4-sample]")
+        corpora = [resolve_corpus(name, option="eval.corpora") for name in dict.fromkeys(names)]
+    specs = [
+        EvaluationSpec(
+            evaluator=node["name"],
+            version=PERPLEXITY_VERSION,
+            task=corpus.name,
+            fingerprint=corpus.fingerprint,
+            length=length,
+            n=n,
+        )
+        for corpus in corpora
+    ]
+    if len({spec.key() for spec in specs}) < len(specs):
+        raise SpecError("eval.corpora", [c.name for c in corpora], "texts that differ: two of these are the same")
+    return tuple(specs), tuple(corpora)
+
+
+def _export(node: Mapping[str, Any]) -> Path | None:
+    kind, path = _choice("export", node["name"], EXPORTS), node["path"]
+    if kind == "none":
+        if path is not None:
+            raise SpecError("export.path", path, "needs export=hf")
+        return None
+    if path is None:
+        raise SpecError("export.path", None, "with export=hf: the folder to write")
+    folder = Path(_text("export.path", path)).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "config.json").is_file():
+        raise SpecError("export.path", path, "a new or empty folder, or an earlier export to replace")
+    return folder
+
+
+def _device(value: object) -> torch.device:
+    name = _choice("device", value, ("auto", "cpu", "cuda")) if not _is_indexed(value) else str(value)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SpecError("device", value, "no CUDA device is available here; accepted: auto, cpu")
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise SpecError("device", value, f"this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _is_indexed(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"cuda:\d+", value) is not None
+
+
+def _integer(option: str, value: object, low: int, high: int | None = None) -> int:
+    upper = f" to {high}" if high is not None else " or more"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise SpecError(option, value, f"must be an integer, {low}{upper}")
+    return value
+
+
+def _flag(option: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(option, value, "must be true or false")
+    return value
+
+
+def _text(option: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise SpecError(option, value, "must be a text")
+    return value
+
+
+def _choice(option: str, value: object, accepted: object) -> str:
+    if value not in accepted:
+        raise SpecError(option, value, f"must be one of {', '.join(accepted)}")
+    return value

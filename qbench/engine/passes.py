@@ -1,0 +1,116 @@
+"""One trip over all blocks of a model: embed, quantize block by block, let evaluation streams follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.engine.loop import FinishedBlock, Recipe, Streams, quantize_block
+from qbench.engine.probe import evenly_spaced
+from qbench.engine.resume import ResumePoint
+from qbench.engine.sinks import Ledger, Weights
+from qbench.engine.source import Source
+from qbench.engine.streams import Stream, chunked
+from qbench.stages.base import Kind
+from qbench.structure.blocks import BlockCall, capture_calls
+from qbench.structure.folds import find_folds
+from qbench.structure.trace import BlockStructure, trace_block
+
+#: Called with (finished blocks, all blocks) after every block.
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class StructureCache:
+    """Structures by signature (names and shapes of a block's parameters): blocks of one shape are discovered once."""
+
+    known: dict[tuple, BlockStructure] = field(default_factory=dict)
+
+    def structure(self, block: nn.Module, call: BlockCall, hidden: Tensor, *, folds: bool) -> BlockStructure:
+        """Groups of `block` and, if asked for, the folds that a numeric probe confirms."""
+        signature = (folds, type(block), *((name, tuple(p.shape)) for name, p in block.named_parameters()))
+        if signature not in self.known:
+            found = trace_block(block, call, hidden)
+            if folds:
+                found = replace(found, folds=find_folds(block, call, hidden, found))
+            self.known[signature] = found
+        return self.known[signature]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Ledger of the pass, decoded weights (empty unless kept), evaluation streams behind the last block."""
+
+    ledger: Ledger
+    weights: Weights
+    evaluations: tuple[Stream, ...]
+
+
+@torch.no_grad()
+def run_pass(
+    source: Source,
+    recipe: Recipe | None,
+    calibration: Tensor | None,
+    *,
+    evaluations: tuple[Tensor, ...] = (),
+    keep_weights: bool = True,
+    structures: StructureCache | None = None,
+    receive: Callable[[FinishedBlock], None] = lambda finished: None,
+    resume: ResumePoint | None = None,
+    progress: Progress = lambda done, total: None,
+) -> PassResult:
+    """Quantize every block of `source` under `recipe` (None: leave them as they are).
+
+    calibration: token windows [n, length] for recipes that look at data. evaluations: token windows whose hidden
+    states follow behind the quantized blocks. receive: called with each finished block (exporters).
+    """
+    structures = structures or StructureCache()
+    pipeline = recipe.pipeline if recipe is not None else None
+    streams = Streams()
+    with source.shell() as model:
+        sample = torch.arange(16).remainder(model.config.get_text_config().vocab_size).view(2, 8).to(source.device)
+        sample_hidden, sample_calls = capture_calls(model, sample)
+        if pipeline is not None and pipeline.needs_data:
+            probed = evenly_spaced(pipeline.scope_tokens // calibration.shape[1], calibration.shape[0])
+            stream = embed(source, model, calibration, calibration[probed])
+            uses_full = bool(pipeline.needs("full")) or pipeline.scope_tokens > 0
+            streams.full = stream if uses_full else None
+            streams.quantized = stream.copy() if pipeline.needs("quantized") else None
+        followers = tuple(embed(source, model, windows) for windows in evaluations)
+
+    transforms = pipeline is not None and any(stage.kind == Kind.TRANSFORM for stage in pipeline.stages)
+    ledger, weights = Ledger(), Weights(source.prefix)
+    moving = [stream for stream in (streams.full, streams.quantized, *followers) if stream is not None]
+    first = resume.load(moving, ledger, weights.tensors) if resume is not None else 0
+    for index in range(first, source.count):
+        block = source.block(index)
+        if recipe is not None:
+            structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
+            finished = quantize_block(block, structure, index, recipe, streams)
+            ledger.receive(finished)
+            receive(finished)
+            if keep_weights:
+                weights.receive(finished)
+        for follower in followers:
+            follower.advance(block, index)
+        if resume is not None:
+            resume.save(index + 1, moving, ledger, weights.tensors)
+        progress(index + 1, source.count)
+    if resume is not None:
+        resume.discard()
+    return PassResult(ledger, weights, followers)
+
+
+def embed(source: Source, model: nn.Module, windows: Tensor, probed: Tensor | None = None) -> Stream:
+    """Stream of token windows [n, length]; how blocks are called on `probed` windows at once is captured along."""
+    chunks, calls = [], {}
+    for tokens in chunked(windows):
+        hidden, of_blocks = capture_calls(model, tokens.to(source.device))
+        chunks.append(hidden)
+        calls.setdefault(tuple(tokens.shape), of_blocks)
+    if probed is not None and tuple(probed.shape) not in calls:
+        calls[tuple(probed.shape)] = capture_calls(model, probed.to(source.device))[1]
+    return Stream(chunks, calls)

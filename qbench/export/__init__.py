@@ -1,0 +1,1 @@
+"""Writing quantized models for others: one file per target."""

@@ -1,0 +1,114 @@
+"""Decoded weights as a plain Hugging Face checkpoint, which transformers loads without qbench."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qbench.assets import ModelAsset
+from qbench.engine.loop import FinishedBlock
+from qbench.engine.source import StreamSource
+from qbench.models.load import load_tokenizer
+from qbench.store.records import Artifact
+
+INDEX = "model.safetensors.index.json"
+
+
+def export_memory(folder: Path, model: nn.Module, asset: ModelAsset) -> Artifact:
+    """Write `model`, which holds the decoded weights, as transformers saves any model."""
+    with _fresh(folder) as partial:
+        model.save_pretrained(partial)
+        load_tokenizer(asset).save_pretrained(partial)
+    return describe(folder)
+
+
+class StreamExport:
+    """Writes a checkpoint shard by shard while blocks come by: one file per block, one for everything else."""
+
+    def __init__(self, folder: Path, source: StreamSource, asset: ModelAsset) -> None:
+        self.folder, self.source, self.asset = folder, source, asset
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.partial.mkdir(parents=True, exist_ok=True)  # a resumed pass goes on in it
+
+    def receive(self, finished: FinishedBlock) -> None:
+        tensors = {
+            f"{self.source.prefix}.{finished.index}.{name}": parameter.detach().cpu().contiguous()
+            for name, parameter in finished.block.named_parameters()
+        }
+        save_file(tensors, self.partial / f"block-{finished.index:05d}.safetensors", metadata={"format": "pt"})
+
+    def close(self) -> Artifact:
+        """Write what lies outside the blocks, the index, configuration and tokenizer; then put all in place."""
+        with self.source.shell() as model:
+            outside = {
+                name: parameter.detach().cpu().contiguous()
+                for name, parameter in model.named_parameters(remove_duplicate=True)
+                if not name.startswith(f"{self.source.prefix}.")
+            }
+            save_file(outside, self.partial / "outside.safetensors", metadata={"format": "pt"})
+            model.config.save_pretrained(self.partial)
+            if model.can_generate():
+                model.generation_config.save_pretrained(self.partial)
+        load_tokenizer(self.asset).save_pretrained(self.partial)
+        _write_index(self.partial)
+        _put_in_place(self.partial, self.folder)
+        return describe(self.folder)
+
+
+def describe(folder: Path) -> Artifact:
+    """The checkpoint as a database record: digest over its files' names and contents, and its size."""
+    digest, size = hashlib.sha256(), 0
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as stream:
+            digest.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        size += path.stat().st_size
+    return Artifact(kind="hf", path=str(folder.resolve()), sha256=digest.hexdigest(), bytes=size)
+
+
+class _fresh:  # noqa: N801 - reads as a function
+    """A folder beside `folder` that takes its place when the block ends without an exception."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            _put_in_place(self.partial, self.folder)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _write_index(folder: Path) -> None:
+    from safetensors import safe_open
+
+    where: dict[str, str] = {}
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                where[name] = path.name
+                total += _bytes(tensors.get_tensor(name))
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+    (folder / INDEX).write_text(text)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize

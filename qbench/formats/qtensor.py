@@ -1,0 +1,54 @@
+"""A quantized tensor: codes and the parameters that give them meaning."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbench.formats.tensor import PER_TENSOR, QParams, TensorFormat, decode
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes `[out, in]` (uint8 with a zero point, else int8), float32 `scale` and `zero` [rows, groups].
+
+    Column j belongs to group j // group_size unless `order` (int64 [in]) is given: then column order[k] is the k-th
+    column in quantization order and belongs to group k // group_size (GPTQ's act_order without static groups).
+    Invariant: dequantize() is exactly scale * (code - zero), computed in float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    format: TensorFormat
+    order: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """float32 `[out, in]`."""
+        codes = self.codes.float()
+        if self.order is not None:
+            codes = codes[:, self.order]
+        params = QParams(self.scale, self.zero)
+        values = self.format.unblocks(decode(self.format.blocks(codes), params), codes.shape)
+        if self.order is None:
+            return values
+        restored = torch.empty_like(values)
+        restored[:, self.order] = values
+        return restored
+
+    def storage_bits(self) -> int:
+        """Bits to keep: codes, scales, zero points and, with `order`, a 32-bit group index per column."""
+        out_features, in_features = self.codes.shape
+        index = 0 if self.order is None or self.format.group_size <= PER_TENSOR else 32 * in_features
+        return self.format.storage_bits(out_features, in_features) + index
+
+    def sha256(self) -> str:
+        """Digest of codes, scales and zero points: equal digests are equal weights."""
+        state = hashlib.sha256()
+        for part in (self.codes, self.scale, self.zero, self.order):
+            if part is not None:
+                state.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()

@@ -1,0 +1,1 @@
+"""Models: loading full-precision ones, the architecture without weights, the shipped tiny model."""

@@ -1,0 +1,263 @@
+"""One run, start to end: claim its key, quantize, measure, export, and store everything in one transaction."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qbench.compose import DTYPES, Point
+from qbench.engine.passes import PassResult, run_pass
+from qbench.engine.resume import ResumePoint
+from qbench.engine.sinks import Ledger, parameter_bytes
+from qbench.engine.source import Source
+from qbench.errors import NumericsError
+from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
+from qbench.export.hf import StreamExport, export_memory
+from qbench.measure import PeakMemory, Phases
+from qbench.session import Session
+from qbench.spec import EvaluationSpec
+from qbench.store.database import Database, Heartbeat
+from qbench.store.records import Artifact, LayerMetric, Measurement, Outcome, RunColumns, RunRow
+
+#: Called with (phase, done, total).
+Progress = Callable[[str, int, int], None]
+
+Result = Literal["done", "failed", "busy"]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What carrying out a point gave."""
+
+    outcome: Outcome
+    measurements: tuple[Measurement, ...]
+    layer_metrics: tuple[LayerMetric, ...]
+    artifacts: tuple[Artifact, ...]
+
+
+def execute(
+    point: Point, session: Session, database: Database, resume_root: Path, progress: Progress
+) -> tuple[Result, BaseException | None]:
+    """Carry out a point that has no finished row. "busy" if another process holds it (or has just finished it).
+
+    An exception becomes a `failed` row with its trace and is returned; KeyboardInterrupt leaves the row running,
+    to be taken over by the next invocation.
+    """
+    key = point.spec.key()
+    claim = database.begin(columns(point), key)
+    if claim is None:
+        return "busy", None
+    phases, started, memory = Phases(), time.perf_counter(), PeakMemory(point.device)
+    with Heartbeat(database, claim):
+        try:
+            computed = compute(point, point.evaluations, session, phases, memory, resume_root / key, progress)
+            database.finish(
+                claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts
+            )
+        except Exception as error:
+            spent = Outcome(
+                phases=phases.seconds,
+                total_s=time.perf_counter() - started,
+                peak_host_bytes=memory.host_bytes(),
+                peak_device_bytes=memory.device_bytes(),
+            )
+            message = str(error).strip() or type(error).__name__
+            database.fail(claim, type(error).__name__, message.splitlines()[0], traceback.format_exc(), spent)
+            return "failed", error
+    return "done", None
+
+
+def measure_again(
+    point: Point,
+    row: RunRow,
+    missing: tuple[EvaluationSpec, ...],
+    session: Session,
+    database: Database,
+    resume_root: Path,
+    progress: Progress,
+) -> None:
+    """Rebuild a finished run and append the measurements (and the export) it lacks.
+
+    Raises NumericsError if the rebuilt codes are not the run's: then the number would belong to another model.
+    """
+    memory = PeakMemory(point.device)
+    computed = compute(point, missing, session, Phases(), memory, resume_root / row.key, progress)
+    if computed.outcome.codes_sha256 != row.codes_sha256:
+        raise NumericsError(
+            f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "
+            "library versions); use another store.url for this environment"
+        )
+    database.append(row.id, computed.measurements)
+
+
+def columns(point: Point) -> RunColumns:
+    """What the row says before the run starts."""
+    spec = point.spec
+    scheme, calibration = spec.scheme, spec.calibration
+    return RunColumns(
+        model=spec.model.name,
+        algo=spec.algo,
+        spec=spec.describe(),
+        weight_format=scheme.label if scheme else spec.model.dtype,
+        bits=scheme.bits if scheme else None,
+        group_size=scheme.group_size if scheme else None,
+        symmetric=scheme.symmetric if scheme else None,
+        calib=calibration.corpus if calibration else None,
+        calib_n=calibration.n if calibration else None,
+        calib_length=calibration.length if calibration else None,
+        calib_seed=calibration.seed if calibration else None,
+        device=str(point.device),
+        dtype=spec.model.dtype,
+        source=point.source,
+    )
+
+
+def compute(
+    point: Point,
+    evaluations: tuple[EvaluationSpec, ...],
+    session: Session,
+    phases: Phases,
+    memory: PeakMemory,
+    resume_folder: Path,
+    progress: Progress,
+) -> Computed:
+    """Quantize, measure and export; touches no database."""
+    started = time.perf_counter()
+    with phases("load"):
+        source = session.source(point)
+        calibration = session.calibration(point)
+        windows = tuple(
+            session.windows(spec, corpus, point.model)
+            for spec, corpus in zip(point.evaluations, point.corpora, strict=True)
+            if spec in evaluations
+        )
+    carry_out = _in_memory if point.source == "memory" else _streamed
+    resume = ResumePoint(resume_folder, point.resume_s)
+    ledger, measurements, artifacts = carry_out(
+        point, evaluations, windows, calibration, source, session, phases, resume, progress
+    )
+    sizes = _sizes(source, ledger, DTYPES[point.spec.model.dtype])
+    outcome = Outcome(
+        **sizes,
+        sparsity=0.0,
+        quantize_s=phases.seconds.get("quantize", 0.0),
+        evaluate_s=phases.seconds.get("evaluate", 0.0),
+        load_s=phases.seconds["load"],
+        total_s=time.perf_counter() - started,
+        phases=phases.seconds | _stage_seconds(ledger),
+        peak_host_bytes=memory.host_bytes(),
+        peak_device_bytes=memory.device_bytes(),
+        codes_sha256=ledger.codes_sha256,
+    )
+    layers = tuple(LayerMetric(block=b, module=m, name=n, value=v) for b, m, n, v in ledger.metrics)
+    return Computed(outcome, tuple(measurements), layers, tuple(artifacts))
+
+
+def _in_memory(
+    point: Point,
+    evaluations: tuple[EvaluationSpec, ...],
+    windows: tuple[torch.Tensor, ...],
+    calibration: torch.Tensor | None,
+    source: Source,
+    session: Session,
+    phases: Phases,
+    resume: ResumePoint,
+    progress: Progress,
+) -> tuple[Ledger, list[Measurement], list[Artifact]]:
+    """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
+    measurements, artifacts, ledger = [], [], Ledger()
+    with ExitStack() as stack:
+        model = source.model
+        if point.recipe is not None:
+            with phases("quantize"):
+                result = _pass(point, source, calibration, (), session, resume, progress)
+            ledger = result.ledger
+            model = stack.enter_context(result.weights.inside(model))
+        with phases("evaluate"):
+            for spec, tokens in zip(evaluations, windows, strict=True):
+                nll = window_nll(model, tokens, point.batch, lambda done, total: progress("evaluate", done, total))
+                measurements.append(perplexity(nll, spec))
+        if point.export is not None:
+            with phases("export"):
+                artifacts.append(export_memory(point.export, model, point.model))
+    return ledger, measurements, artifacts
+
+
+def _streamed(
+    point: Point,
+    evaluations: tuple[EvaluationSpec, ...],
+    windows: tuple[torch.Tensor, ...],
+    calibration: torch.Tensor | None,
+    source: Source,
+    session: Session,
+    phases: Phases,
+    resume: ResumePoint,
+    progress: Progress,
+) -> tuple[Ledger, list[Measurement], list[Artifact]]:
+    """One pass over the blocks on disk: each is quantized, evaluation streams go through it, it is exported, dropped."""
+    export = StreamExport(point.export, source, point.model) if point.export is not None else None
+    with phases("quantize"):  # the evaluation streams' forwards are inside: one trip serves both
+        result = _pass(point, source, calibration, windows, session, resume, progress, export)
+    measurements = []
+    with phases("evaluate"):
+        for spec, tokens, stream in zip(evaluations, windows, result.evaluations, strict=True):
+            nll = stream_nll(source, stream, tokens, lambda done, total: progress("evaluate", done, total))
+            measurements.append(perplexity(nll, spec))
+    with phases("export"):
+        artifacts = [export.close()] if export is not None else []
+    return result.ledger, measurements, artifacts
+
+
+def _pass(
+    point: Point,
+    source: Source,
+    calibration: torch.Tensor | None,
+    windows: tuple[torch.Tensor, ...],
+    session: Session,
+    resume: ResumePoint,
+    progress: Progress,
+    export: StreamExport | None = None,
+) -> PassResult:
+    return run_pass(
+        source,
+        point.recipe,
+        calibration,
+        evaluations=windows,
+        keep_weights=point.source == "memory",
+        structures=session.structure_cache(point.model),
+        receive=export.receive if export is not None else lambda finished: None,
+        resume=resume,
+        progress=lambda done, total: progress("quantize", done, total),
+    )
+
+
+def _sizes(source: Source, ledger: Ledger, dtype: torch.dtype) -> dict[str, float | int]:
+    """True bits: codes, scales and zero points of the quantized weights; everything else at the width of `dtype`."""
+    other = parameter_bytes(source.model, source.prefix, dtype)
+    count = sum(p.numel() for p in source.model.parameters())
+    width = dtype.itemsize * 8
+    kept_bytes = sum(other.values()) - ledger.weight_count * dtype.itemsize
+    model_bytes = kept_bytes + -(-ledger.weight_bits // 8)
+    return {
+        "bits_per_weight": ledger.weight_bits / ledger.weight_count if ledger.weight_count else float(width),
+        "bits_per_weight_model": model_bytes * 8 / count,
+        "embedding_bytes": other["embedding"],
+        "head_bytes": other["head"],
+        "model_bytes": model_bytes,
+    }
+
+
+def _stage_seconds(ledger: Ledger) -> dict[str, float]:
+    """Seconds per stage over all blocks, from the layer metrics."""
+    seconds: dict[str, float] = {}
+    for _, module, name, value in ledger.metrics:
+        if module == "" and name.endswith("_s"):
+            seconds[f"stage {name.removesuffix('_s')}"] = seconds.get(f"stage {name.removesuffix('_s')}", 0.0) + value
+    return seconds

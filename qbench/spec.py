@@ -1,0 +1,152 @@
+"""What a run *means*, as frozen values, and the key that names it.
+
+A `RunSpec` holds everything that can change a number and nothing else. Two runs with equal keys are the same
+experiment. This module is plain Python: the database and the analysis read it without importing torch.
+
+Not in the key, because the result does not depend on them (each is recorded in the row instead):
+  device, threads       the same computation elsewhere; rows of different environments are told apart by `environment`
+  source                reading blocks from memory or from disk gives identical codes (a test holds this)
+  batch sizes, chunks   statistics are sums over tokens, evaluation is per window
+  evaluators            measuring more later appends metrics to the same run
+  seeds                 when nothing in the pipeline draws from them (canonical form drops them)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+
+#: Version of the canonical form itself: changes when the same meaning would be written differently.
+KEY_SCHEME = 1
+
+Scalar = None | bool | int | float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A checkpoint by content. `fingerprint` is a sha256 over weights, configuration and tokenizer."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec:
+    """`n` sequences of `length` tokens of one text; `seed` is None where the sampler draws nothing."""
+
+    corpus: str
+    fingerprint: str
+    sampler: str
+    n: int
+    length: int
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One step of a pipeline: its registered name, the version of its numbers and every option, defaults included."""
+
+    name: str
+    version: int
+    options: tuple[tuple[str, Scalar], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeSpec:
+    """The number format of the linear weights inside the decoder blocks (DESIGN: `Scheme`; weights only so far)."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale: str
+    partial_group: bool
+
+    @property
+    def label(self) -> str:
+        """Short name such as `int4_g64_asym`, as stored in `run.weight_format`."""
+        block = {0: "tensor", -1: "channel"}.get(self.group_size, f"g{self.group_size}")
+        return f"int{self.bits}_{block}_{'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One point of the grid. `algo` is the pipeline's published name: a label, not part of the key."""
+
+    algo: str
+    model: ModelSpec
+    pipeline: tuple[StageSpec, ...] = ()
+    scheme: SchemeSpec | None = None
+    calibration: CalibrationSpec | None = None
+    seed: int | None = None
+
+    def canonical(self) -> dict:
+        """The meaning as nested plain values with a type tag on every record; labels of assets are left out."""
+        tagged = _tagged(self)
+        del tagged["algo"], tagged["model"]["name"]
+        if self.calibration is not None:
+            del tagged["calibration"]["corpus"]
+        return {"key_scheme": KEY_SCHEME, **tagged}
+
+    def key(self) -> str:
+        """sha256 (hex) of the canonical form."""
+        return digest(self.canonical())
+
+    def describe(self) -> dict:
+        """Everything, labels included, as plain values for the `run.spec` column."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
+    """One measurement that is wanted of a model: perplexity of one text under the `window-<length>` protocol.
+
+    `n` is the number of windows (None: all). `task` is the text's name and, like every label, not in the key.
+    """
+
+    evaluator: str
+    version: int
+    task: str
+    fingerprint: str
+    length: int
+    n: int | None
+
+    @property
+    def protocol(self) -> str:
+        return f"window-{self.length}"
+
+    def key(self) -> str:
+        tagged = _tagged(self)
+        del tagged["task"]
+        return digest({"key_scheme": KEY_SCHEME, **tagged})
+
+
+def digest(value: object) -> str:
+    """sha256 (hex) of a canonical JSON text: sorted keys, no spaces, NaN refused."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(left: Mapping, right: Mapping, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Paths at which two `describe()` results differ, with both values."""
+    for name in sorted(left.keys() | right.keys()):
+        here, there = left.get(name), right.get(name)
+        where = f"{path}.{name}" if path else name
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from difference(here, there, where)
+        elif here != there:
+            yield where, here, there
+
+
+def _tagged(value: object) -> object:
+    """Dataclasses become dicts with their type's name, so that equal fields of different types never collide;
+    floats are tagged too (1 and 1.0 are the same option value only if the option's type says so)."""
+    if is_dataclass(value):
+        return {"type": type(value).__name__} | {f.name: _tagged(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_tagged(item) for item in value]
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    return value

@@ -1,0 +1,129 @@
+"""What a pipeline step is: a frozen record of options that maps a block's state to the next one.
+
+The engine shows a stage a `BlockView` and installs the `Outcome` that comes back; a stage changes nothing itself.
+A step that works group by group behind the already quantized groups (GPTQ) and one that sees the whole block (AWQ)
+have the same shape: `view.groups` says what the call is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from enum import IntEnum
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qbench.calibration.statistics import Statistic
+from qbench.errors import SpecError
+from qbench.formats import QTensor, Range, TensorFormat
+from qbench.structure.trace import BlockStructure, LinearGroup
+from qbench.structure.weights import WeightRef
+
+StreamName = Literal["full", "quantized"]
+
+
+class Kind(IntEnum):
+    """Legal order of stages in a pipeline."""
+
+    TRANSFORM = 1
+    PROTECT = 2
+    SPARSIFY = 3
+    RANGE = 4
+    ROUND = 5
+    RECONSTRUCT = 6
+
+
+@dataclass(frozen=True)
+class Need:
+    """A statistic of every group's input, on the untouched model's stream ("full") or behind the blocks and groups
+    that are already quantized ("quantized")."""
+
+    statistic: type[Statistic]
+    stream: StreamName
+
+
+@dataclass(frozen=True)
+class ScopeCall:
+    """One captured call of a submodule of the block on a sample of the full-precision stream, and its output."""
+
+    module: str
+    args: tuple
+    kwargs: Mapping[str, object]
+    output: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockView:
+    """What a stage may look at. `block` holds the current (transformed, partly quantized) parameters: read only.
+
+    statistics: by group index, then type, already transformed along with the weights. scopes: by group index, the
+    calls of the group's scope modules, captured before any transformation; only if a stage asks (`scope_tokens`).
+    """
+
+    block: nn.Module
+    structure: BlockStructure
+    groups: tuple[LinearGroup, ...]
+    formats: Mapping[str, TensorFormat]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    statistics: Mapping[int, Mapping[type, Statistic]] = field(default_factory=dict)
+    scopes: Mapping[int, tuple[ScopeCall, ...]] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    where: str = ""
+
+    def weight(self, ref: WeightRef) -> Tensor:
+        """Current weight, [out, in], a view of the live parameter."""
+        return ref.read(self.block)
+
+    def format(self, ref: WeightRef) -> TensorFormat:
+        return self.formats[ref.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a stage decided. parameters: changed full-precision parameters of the block by path. input_scales: by
+    group, the vector [in] by which the group's input is now divided. ranges, codes: by weight name. metrics:
+    (module, name, value) for the layer metrics."""
+
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    input_scales: Mapping[int, Tensor] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    codes: Mapping[str, QTensor] = field(default_factory=dict)
+    metrics: tuple[tuple[str, str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Base of all stages: hyperparameters as fields with the authors' defaults; `name` is how a pipeline calls it.
+
+    version: raise it when the same options give other numbers; it is part of every run's key.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[Need]]
+    uses_random: ClassVar[bool] = False
+
+    @property
+    def scope_tokens(self) -> int:
+        """Tokens of the full-precision stream on which the stage searches through whole modules; 0 for none."""
+        return 0
+
+    def check(self, formats: frozenset[TensorFormat]) -> None:
+        """Raises SpecError for options or formats that the stage cannot serve; called before any weights load."""
+
+    def apply(self, view: BlockView) -> Outcome:
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        """Option names and defaults."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+
+def require(condition: bool, option: str, value: object, accepted: str) -> None:
+    """Raises SpecError unless `condition` holds."""
+    if not condition:
+        raise SpecError(option, value, accepted)

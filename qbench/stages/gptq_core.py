@@ -1,0 +1,198 @@
+"""GPTQ (arXiv 2210.17323) as a pure function on one weight matrix and its Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qbench.errors import NumericsError
+from qbench.formats import QParams, QTensor, Range, TensorFormat, fit
+from qbench.formats.tensor import PER_TENSOR
+
+ScaleSource = Literal["compensated", "stale", "original"]
+
+#: A pivot below this share of its diagonal entry is rounding noise of a float32 Hessian: the matrix is singular.
+PIVOT_NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Quantized weight and `loss`: sum over rows of (1/2) sum_i e_i^2, the layer error in units of the Hessian."""
+
+    weight: QTensor
+    loss: float
+
+
+def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with UᵀU = (H + damp · mean(diag H) · I)⁻¹, float32 [n, n] from float32 H [n, n].
+
+    H = M Mᵀ with M upper triangular (Cholesky of H with rows and columns reversed, reversed back), so U = M⁻¹: one
+    factorization and one triangular inverse instead of inverting H and factorizing again.
+    Raises NumericsError where H is singular at this damping.
+    """
+    n = hessian.shape[0]
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * hessian.diagonal().mean())
+    flipped = damped.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    pivots = lower.diagonal().square() / flipped.diagonal()
+    if failed.item() or not bool((pivots > PIVOT_NOISE).all()):
+        raise NumericsError(
+            f"singular Hessian ({n} x {n}) at damp={damp}: use more calibration tokens than in_features "
+            "or a larger damp (authors: 0.01)"
+        )
+    upper = lower.flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: TensorFormat,
+    *,
+    damp: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+    block_size: int = 128,
+    scale_source: ScaleSource = "compensated",
+    clip: Range | None = None,
+) -> GptqResult:
+    """Quantize `weight` column by column, spreading each column's error over the columns not yet quantized.
+
+    weight: float [out, in]. hessian: float32 [in, in], E[x xᵀ] over the layer's inputs; its overall factor cancels
+    (the authors' 2/N), damping is relative to mean(diag H). Algorithm 1 of the paper; O(out·in² + in³).
+
+    act_order: columns in order of decreasing diag(H). static_groups: scales of all groups from the original weight
+    by original column index, so that act_order needs no permutation at run time. scale_source, for groups along the
+    input: "compensated" fits each group on its columns with all compensation so far, exactly, which makes the result
+    independent of block_size; "stale" is the authors' code, whose columns inside the running block lack that block's
+    compensation; "original" fits on the original weight in quantization order. Per row and per tensor scales always
+    come from the original weight. clip: ranges fitted earlier (per original group), used instead of min-max; needs
+    scales by original column index.
+
+    A column that no calibration token excites (H_jj = 0) is rounded to nearest and spreads no error. (The authors set
+    it to 0, which changes the function on every input that does excite it.)
+    """
+    original = weight.float()
+    rows, columns = original.shape
+    hessian = hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1.0
+
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
+    grouped = fmt.group_size > PER_TENSOR
+    by_index = static_groups or clip is not None or not grouped  # parameters by original column index
+    if order is not None:
+        hessian = hessian[order][:, order]
+    upper = inverse_cholesky(hessian, damp)
+    del hessian
+
+    # Work on the transpose: a column of the weight is then contiguous.
+    work = (original if order is None else original[:, order]).t().contiguous()
+    width = fmt.width(columns)
+    group_of = torch.arange(columns, device=work.device) // width
+    fitted = _Parameters.empty(rows, fmt, columns, work)
+    fixed = by_index or scale_source == "original"
+    if fixed:
+        source = original if by_index or order is None else original[:, order]
+        fitted.fill(fit(source, fmt, clip))
+        if by_index and order is not None:
+            group_of = order // width
+    group_index = group_of.tolist()
+
+    codes = torch.empty_like(work, dtype=fmt.element.storage)
+    loss = torch.zeros((), dtype=torch.float64, device=work.device)
+    low, high = fmt.element.minimum, fmt.element.maximum
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        block, errors = work[start:end].clone(), torch.empty_like(work[start:end])
+        local = upper[start:end, start:end]
+        for i in range(end - start):
+            column = start + i
+            if not fixed and column % width == 0:
+                stop = min(column + width, columns)
+                fitted.set(column // width, _current(work, block, errors, upper, start, i, stop, scale_source), fmt)
+            scale, zero = fitted.at(group_index[column])
+            w = block[i]
+            code = torch.div(w, scale).round_()
+            if zero is not None:
+                code.add_(zero)
+            code.clamp_(low, high)
+            codes[column] = code
+            error = w - (code if zero is None else code.sub_(zero)).mul_(scale)
+            error.div_(local[i, i])
+            errors[i] = error
+            block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+        loss += errors.double().square().sum()
+        work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+
+    stored = codes.t()
+    if order is not None:
+        restored = torch.empty_like(stored)
+        restored[:, order] = stored
+        stored = restored
+    keeps_order = order is not None and not by_index
+    quantized = QTensor(
+        stored.contiguous(),
+        fitted.scale_rows(),
+        fitted.zero_rows(),
+        fmt,
+        order if keeps_order else None,
+    )
+    return GptqResult(quantized, loss.item() / 2)
+
+
+def _current(
+    work: Tensor, block: Tensor, errors: Tensor, upper: Tensor, start: int, i: int, stop: int, source: ScaleSource
+) -> Tensor:
+    """Columns start+i … stop of the weight, [out, width], as the group that begins there should see them.
+
+    `work` lacks the running block's compensation; `block` has it for the block's own columns, and what the block owes
+    to columns behind its end is the first i errors times their row of U.
+    """
+    first = start + i
+    if source == "stale":
+        return work[first:stop].t()
+    inside = block[i : stop - start]
+    end = start + block.shape[0]
+    if stop <= end:
+        return inside.t()
+    outside = work[end:stop] - upper[start:first, end:stop].t() @ errors[:i]
+    return torch.cat([inside, outside]).t()
+
+
+@dataclass
+class _Parameters:
+    """Scales and zero points by group, one contiguous row per group: [groups, rows]."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+    @classmethod
+    def empty(cls, rows: int, fmt: TensorFormat, columns: int, like: Tensor) -> _Parameters:
+        rows = 1 if fmt.group_size == PER_TENSOR else rows
+        scale = like.new_empty(fmt.groups(columns), rows)
+        return cls(scale, None if fmt.symmetric else torch.empty_like(scale))
+
+    def fill(self, params: QParams) -> None:
+        self.scale.copy_(params.scale.t())
+        if self.zero is not None:
+            self.zero.copy_(params.zero.t())
+
+    def set(self, group: int, columns: Tensor, fmt: TensorFormat) -> None:
+        params = fit(columns, fmt)
+        self.scale[group] = params.scale[:, 0]
+        if self.zero is not None:
+            self.zero[group] = params.zero[:, 0]
+
+    def at(self, group: int) -> tuple[Tensor, Tensor | None]:
+        return self.scale[group], None if self.zero is None else self.zero[group]
+
+    def scale_rows(self) -> Tensor:
+        return self.scale.t().contiguous()
+
+    def zero_rows(self) -> Tensor | None:
+        return None if self.zero is None else self.zero.t().contiguous()

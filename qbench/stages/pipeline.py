@@ -1,0 +1,116 @@
+"""Pipelines: ordered stages, built from plain options and checked before anything heavy happens."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import get_args, get_origin, get_type_hints
+
+import qbench.stages
+from qbench.errors import SpecError
+from qbench.formats import TensorFormat
+from qbench.spec import StageSpec
+from qbench.stages.base import Kind, Need, Stage, StreamName
+
+
+def stage_types() -> dict[str, type[Stage]]:
+    """Every stage in this folder by name: adding a file adds a stage."""
+    found: dict[str, type[Stage]] = {}
+    for module in pkgutil.iter_modules(qbench.stages.__path__):
+        prefix = module.name.partition("_")[0].upper()
+        if prefix in Kind.__members__:
+            namespace = vars(importlib.import_module(f"qbench.stages.{module.name}"))
+            types = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Stage)]
+            found |= {t.name: t for t in types if t.__module__ == f"qbench.stages.{module.name}"}
+    return found
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in legal order, with exactly one that rounds; empty for the full-precision baseline."""
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        names = "+".join(stage.name for stage in self.stages)
+        kinds = [stage.kind for stage in self.stages]
+        if kinds != sorted(kinds):
+            order = " < ".join(kind.name for kind in Kind)
+            raise SpecError("algo.pipeline", names, f"stages in the order {order}")
+        if self.stages and kinds.count(Kind.ROUND) != 1:
+            raise SpecError("algo.pipeline", names, "exactly one stage that rounds, such as rtn or gptq")
+
+    def needs(self, stream: StreamName) -> frozenset[type]:
+        """Statistics wanted on one stream."""
+        every: frozenset[Need] = frozenset().union(*(stage.needs for stage in self.stages))
+        return frozenset(need.statistic for need in every if need.stream == stream)
+
+    @property
+    def scope_tokens(self) -> int:
+        return max((stage.scope_tokens for stage in self.stages), default=0)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text changes the result."""
+        return any(stage.needs or stage.scope_tokens for stage in self.stages)
+
+    @property
+    def uses_random(self) -> bool:
+        return any(stage.uses_random for stage in self.stages)
+
+    def check(self, formats: frozenset[TensorFormat]) -> None:
+        for stage in self.stages:
+            stage.check(formats)
+
+    def specs(self) -> tuple[StageSpec, ...]:
+        return tuple(
+            StageSpec(
+                name=stage.name,
+                version=stage.version,
+                options=tuple((f.name, getattr(stage, f.name)) for f in fields(stage)),
+            )
+            for stage in self.stages
+        )
+
+
+def build_pipeline(nodes: Sequence[Mapping[str, object]]) -> Pipeline:
+    """Pipeline from `[{stage: name, enabled: bool, option: value, …}, …]`; disabled entries are left out.
+
+    Raises SpecError for unknown stages and options and for values of the wrong type.
+    """
+    types = stage_types()
+    stages = []
+    for node in nodes:
+        options = dict(node)
+        name = options.pop("stage", None)
+        if name not in types:
+            raise SpecError("algo.pipeline.stage", name, f"one of {', '.join(sorted(types))}")
+        enabled = options.pop("enabled", True)
+        if not isinstance(enabled, bool):
+            raise SpecError(f"algo ({name})", enabled, "true or false")
+        if enabled:
+            stages.append(types[name](**_typed(types[name], options)))
+    return Pipeline(tuple(stages))
+
+
+def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, object]:
+    """Options checked against the fields' annotations; integers are accepted where a float is meant."""
+    hints = get_type_hints(stage)
+    known = {f.name for f in fields(stage)}
+    values: dict[str, object] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise SpecError(f"algo ({stage.name}) {name}", value, f"options of {stage.name}: {', '.join(sorted(known))}")
+        wanted = hints[name]
+        choices = get_args(wanted)
+        if get_origin(wanted) is not None and not any(isinstance(choice, type) for choice in choices):
+            if value not in choices:
+                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(str, choices))}")
+        elif wanted is float and type(value) in (int, float):
+            value = float(value)
+        elif type(value) is not wanted:
+            raise SpecError(f"algo.{name}", value, f"a value of type {wanted.__name__}")
+        values[name] = value
+    return values

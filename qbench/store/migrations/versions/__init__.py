@@ -1,0 +1,1 @@
+"""One file per schema change, named by its revision; files that were ever released are never edited."""

@@ -1,0 +1,139 @@
+"""The reading side of the results database: rows as plain values, results as pandas frames."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sqlalchemy import Boolean, Integer, Table, select, text
+
+from qbench.errors import AssetError, SpecError
+from qbench.store import schema
+from qbench.store.database import Database
+from qbench.store.records import Artifact, Environment, LayerMetric, MetricRow, RunRow, field_names, unpack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def runs(
+    database: Database,
+    *,
+    algo: str | None = None,
+    model: str | None = None,
+    status: str | None = None,
+    superseded: bool = False,
+) -> list[RunRow]:
+    """The runs that match all given values, oldest first; superseded ones only on request."""
+    run = schema.run
+    conditions = [
+        run.c[name] == value
+        for name, value in (("algo", algo), ("model", model), ("status", status))
+        if value
+    ]
+    if not superseded:
+        conditions.append(run.c.superseded_by.is_(None))
+    with database.read() as connection:
+        rows = connection.execute(select(run).where(*conditions).order_by(run.c.id)).mappings()
+        return [RunRow(**row) for row in rows]
+
+
+def run_named(database: Database, reference: str) -> RunRow:
+    """The one run with this id or with a key that starts with `reference`; an id wins over a key.
+
+    Of several attempts at one key the one that counts is meant; a superseded one has to be named by its id.
+    Raises SpecError if there is no such run or more than one.
+    """
+    run = schema.run
+    with database.read() as connection:
+        if reference.isascii() and reference.isdigit() and len(reference) < 18:
+            row = connection.execute(select(run).where(run.c.id == int(reference))).mappings().first()
+            if row is not None:
+                return RunRow(**row)
+        query = select(run).where(
+            run.c.key.startswith(reference, autoescape=True), run.c.superseded_by.is_(None)
+        )
+        rows = connection.execute(query.order_by(run.c.id).limit(4)).mappings().all() if reference else []
+    if len(rows) == 1:
+        return RunRow(**rows[0])
+    if rows:
+        some = ", ".join(row["key"][:16] for row in rows[:3])
+        raise SpecError(
+            "run", reference, f"several keys start so ({some}, …); give more of the key, or the id"
+        )
+    raise SpecError("run", reference, "no run has this id or a key that starts so; see qbench ls")
+
+
+def metrics(database: Database, run_ids: Iterable[int]) -> list[MetricRow]:
+    """The metrics of these runs, in the order of the runs' ids and of measuring."""
+    return [MetricRow(**row) for row in _of_runs(database, schema.metric, run_ids)]
+
+
+def samples(database: Database, metric_id: int) -> np.ndarray:
+    """The per-item values of a metric, float64 [n], in item order; AssetError if none were stored."""
+    with database.read() as connection:
+        found = connection.execute(
+            select(schema.sample).where(schema.sample.c.metric_id == metric_id)
+        ).first()
+    if found is None:
+        raise AssetError(f"metric {metric_id}: no samples are stored for it")
+    return unpack(found._mapping["values"], found.n)
+
+
+def layer_metrics(database: Database, run_id: int) -> list[LayerMetric]:
+    """What was recorded per block and module of a run, in the order of recording."""
+    return [_record(LayerMetric, row) for row in _of_runs(database, schema.layer_metric, [run_id])]
+
+
+def artifacts(database: Database, run_id: int) -> list[Artifact]:
+    """The files that a run left behind."""
+    return [_record(Artifact, row) for row in _of_runs(database, schema.artifact, [run_id])]
+
+
+def environment(database: Database, environment_id: int) -> Environment:
+    """The environment of this id, AssetError if there is none."""
+    table = schema.environment
+    with database.read() as connection:
+        row = connection.execute(select(table).where(table.c.id == environment_id)).mappings().first()
+    if row is None:
+        raise AssetError(f"environment {environment_id}: not in the database")
+    return _record(Environment, row)
+
+
+def frame(database: Database, **equals: str | int | float | bool) -> "pd.DataFrame":
+    """The view `results` as a pandas frame, restricted to rows whose columns equal the given values.
+
+    For instance `frame(database, model="tiny", metric="ppl")`. Raises SpecError for a column the view does
+    not have.
+    """
+    import pandas as pd  # not at import: the command line lists runs without it
+
+    with database.read() as connection:
+        everything = pd.read_sql(text("SELECT * FROM results ORDER BY run_id, metric, task"), connection)
+    whole = {c.name for table in (schema.run, schema.metric) for c in table.c if isinstance(c.type, Integer)}
+    truth = {c.name for c in schema.run.c if isinstance(c.type, Boolean)}
+    # Nullable dtypes: with pandas' own, one missing value turns a column of whole numbers into floats.
+    types = {name: "Int64" if name in whole else "boolean" for name in everything if name in whole | truth}
+    everything = everything.astype(types)
+    for column, value in equals.items():
+        if column not in everything:
+            raise SpecError(
+                column, value, f"no such column; the view results has {', '.join(everything.columns)}"
+            )
+        everything = everything[everything[column] == value]
+    return everything.reset_index(drop=True)
+
+
+def _of_runs(database: Database, table: Table, run_ids: Iterable[int]) -> Sequence[dict[str, Any]]:
+    wanted, found = sorted(set(run_ids)), []
+    with database.read() as connection:
+        for start in range(0, len(wanted), 500):  # databases limit the number of parameters of one statement
+            some = table.c.run_id.in_(wanted[start : start + 500])
+            found += connection.execute(
+                select(table).where(some).order_by(table.c.run_id, table.c.id)
+            ).mappings()
+    return found
+
+
+def _record(kind: type, row: Any) -> Any:
+    """An instance of the dataclass `kind` from the columns of `row` that it has."""
+    return kind(**{name: row[name] for name in field_names(kind)})

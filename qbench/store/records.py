@@ -1,0 +1,231 @@
+"""What goes into the database and what comes out of it: plain frozen values, without SQLAlchemy.
+
+Times are UTC. `created` and `finished` are ISO 8601 text with seconds ("2026-01-31T12:00:00Z"); `heartbeat`
+is seconds since the epoch. Fields that end in `_s` are seconds, in `_bytes` bytes.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from qbench.errors import EvaluationError
+
+Status = Literal["running", "done", "failed"]
+
+# Beyond this a double is about to overflow; SQLite and PostgreSQL both enforce the same bound as a table
+# constraint.
+LARGEST_VALUE = 1e308
+
+
+def _require_finite(what: str, value: float) -> None:
+    if not abs(value) <= LARGEST_VALUE:  # NaN compares false
+        raise EvaluationError(f"{what} is {value}: only finite numbers up to {LARGEST_VALUE:g} are stored")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number that an evaluator found, with what is needed to judge and to compare it.
+
+    `protocol` is part of the number's identity ("window-2048"); `task` is what was evaluated (for perplexity
+    the corpus); `stderr` is the standard error of `value` in the same unit, or None where it cannot be known
+    (n = 1); `n` counts the items; `spec_key` is the sha256 of the evaluator's canonical spec. `samples`,
+    float64 [n] or None, are the per-item values (per-window mean NLL in nats per token), which make paired
+    comparison possible.
+
+    Raises EvaluationError for a value, stderr or sample that is not finite, a negative stderr, n < 1 or
+    samples that are not n numbers.
+    """
+
+    evaluator: str
+    protocol: str
+    task: str
+    name: str
+    value: float
+    stderr: float | None
+    n: int
+    unit: str
+    spec_key: str
+    samples: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        where = f"{self.evaluator} {self.name} on {self.task} ({self.protocol})"
+        _require_finite(where, self.value)
+        if self.n < 1:
+            raise EvaluationError(f"{where}: n={self.n}, at least 1 item is needed")
+        if self.stderr is not None:
+            _require_finite(f"stderr of {where}", self.stderr)
+            if self.stderr < 0:
+                raise EvaluationError(f"stderr of {where} is {self.stderr}: it must not be negative")
+        if self.samples is not None:
+            if self.samples.shape != (self.n,):
+                raise EvaluationError(
+                    f"{where}: samples have shape {self.samples.shape}, expected ({self.n},)"
+                )
+            bad = np.flatnonzero(~np.isfinite(self.samples))
+            if bad.size:
+                raise EvaluationError(
+                    f"{where}: sample {bad[0]} is {self.samples[bad[0]]}, not a finite number"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMetric:
+    """One number about one weight or module of one block, for instance its relative output error.
+
+    `block` counts decoder layers from 0; -1 stands for what lies outside them. Raises EvaluationError unless
+    finite.
+    """
+
+    block: int
+    module: str
+    name: str
+    value: float
+
+    def __post_init__(self) -> None:
+        _require_finite(f"{self.name} of block {self.block} {self.module}", self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file or folder that a run left behind. `sha256` is 64 hex digits, `bytes` its size."""
+
+    kind: str
+    path: str
+    sha256: str | None
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunColumns:
+    """What is known about a run before it starts: the columns that people filter, group and plot by.
+
+    The full-precision baseline has `algo="none"` and None in `bits`, `group_size` and `symmetric`.
+    `group_size` is -1 for one group per output channel and 0 for one per tensor. `spec` is the canonical spec
+    as JSON values.
+    """
+
+    model: str
+    algo: str
+    spec: Mapping[str, Any]
+    weight_format: str | None = None
+    act_format: str | None = None
+    kv_format: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_bits: int | None = None
+    kv_bits: int | None = None
+    calib: str | None = None
+    calib_n: int | None = None
+    calib_length: int | None = None
+    calib_seed: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is known about a run once it has ended, apart from its metrics; a failed run fills what it got to.
+
+    `bits_per_weight` counts the quantized weights with their scales and zeros, `bits_per_weight_model` all
+    parameters; `embedding_bytes` and `head_bytes` are part of `model_bytes`. `phases` maps a phase to seconds
+    (or to a nested mapping). `codes_sha256` fingerprints all codes and parameters of the quantized weights.
+    """
+
+    bits_per_weight: float | None = None
+    bits_per_weight_model: float | None = None
+    embedding_bytes: int | None = None
+    head_bytes: int | None = None
+    model_bytes: int | None = None
+    sparsity: float | None = None
+    quantize_s: float | None = None
+    evaluate_s: float | None = None
+    load_s: float | None = None
+    total_s: float | None = None
+    phases: Mapping[str, Any] | None = None
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    codes_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow(RunColumns, Outcome):
+    """A row of table `run`: the columns, the outcome and the book-keeping."""
+
+    id: int
+    key: str
+    status: Status
+    environment_id: int
+    owner: str
+    heartbeat: float
+    created: str
+    finished: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    error_trace: str | None = None
+    superseded_by: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """A row of table `metric`; its samples are read separately (`queries.samples`)."""
+
+    id: int
+    run_id: int
+    evaluator: str
+    protocol: str
+    task: str
+    name: str
+    value: float
+    stderr: float | None
+    n: int
+    unit: str
+    spec_key: str
+    created: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The machine and the software that made a number. `git_commit` and `git_dirty` are None outside a
+    checkout."""
+
+    git_commit: str | None
+    git_dirty: bool | None
+    versions: Mapping[str, str]
+    platform: str
+    cpu: str
+    threads: int
+    gpu: str | None
+    driver: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to finish one running row; lost when another process took the row over."""
+
+    run_id: int
+    key: str
+    owner: str
+
+
+def field_names(record: type) -> tuple[str, ...]:
+    """The field names of a dataclass, in order: the columns that it stands for."""
+    return tuple(each.name for each in fields(record))
+
+
+def pack(values: np.ndarray) -> bytes:
+    """`values` [n] as little-endian float64, zlib-compressed: exact, portable, and small for repeated
+    values."""
+    return zlib.compress(np.ascontiguousarray(values, dtype="<f8").tobytes())
+
+
+def unpack(blob: bytes, n: int) -> np.ndarray:
+    """The float64 array [n] that `pack` made `blob` from; EvaluationError if it does not hold n numbers."""
+    values = np.frombuffer(zlib.decompress(blob), dtype="<f8").astype(np.float64)
+    if len(values) != n:
+        raise EvaluationError(f"stored samples hold {len(values)} numbers where n={n}")
+    return values
