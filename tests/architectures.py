@@ -1,4 +1,4 @@
-"""Tiny random-weight instances of the architectures that structure discovery has to understand without a table."""
+"""Tiny random-weight models of the architectures that structure discovery has to understand."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -95,7 +95,7 @@ def tiny_model(
 
 
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Draws every parameter anew: matrices so that a block changes its input noticeably, vectors around 0.7."""
+    """Draws every parameter anew: matrices that change a block's input noticeably, vectors near 0.7."""
     with torch.no_grad():
         for parameter in model.parameters():
             value = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from qbench.assets import ModelAsset
 from qbench.engine.loop import FinishedBlock
 from qbench.engine.source import StreamSource
+from qbench.export.artifact import describe
 from qbench.models.load import load_tokenizer
 from qbench.store.records import Artifact
 
@@ -60,16 +60,6 @@ class StreamExport:
         _write_index(self.partial)
         _put_in_place(self.partial, self.folder)
         return describe(self.folder)
-
-
-def describe(folder: Path) -> Artifact:
-    """The checkpoint as a database record: digest over its files' names and contents, and its size."""
-    digest, size = hashlib.sha256(), 0
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as stream:
-            digest.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-        size += path.stat().st_size
-    return Artifact(kind="hf", path=str(folder.resolve()), sha256=digest.hexdigest(), bytes=size)
 
 
 class _fresh:  # noqa: N801 - reads as a function

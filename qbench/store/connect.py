@@ -37,10 +37,9 @@ _BEGIN = "qbench_begin"
 def open_engine(url: str, *, create: bool) -> Engine:
     """An engine on a database of the current schema.
 
-    With `create`, a missing database and its folder are created and the place is proved writable; without,
-    both a missing database and one that cannot be written to are for reading only, the first being an error.
-    An older schema is migrated, whichever process comes first. Takes milliseconds when nothing is to be done
-    (alembic is imported only to migrate).
+    With `create`, a missing database and its folder are created and the place is proved writable; without, a
+    missing database is an error. An older schema is migrated, whichever process comes first. Takes
+    milliseconds when nothing is to be done (alembic is imported only to migrate).
 
     Raises AssetError, naming store.url: unknown scheme, unwritable place, not a database, somebody else's
     database, a schema newer than this code.
@@ -110,11 +109,10 @@ def _parse(url: str) -> URL:
 
 
 def _prepare_file(address: URL, where: str, *, create: bool) -> URL:
-    """The address with an absolute path (a later change of folder must not matter), after looking at that
-    path."""
+    """The address with `~` spelled out, after looking at the path it names."""
     if not address.database or address.database == ":memory:" or address.database.startswith("file:"):
         raise AssetError(f"{where}: a results database is a file; {ACCEPTED}")
-    path = Path(address.database).expanduser().absolute()
+    path = Path(address.database).expanduser()
     try:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)

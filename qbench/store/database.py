@@ -139,8 +139,10 @@ class Database:
             _insert_all(connection, schema.layer_metric, claim.run_id, layer_metrics, LayerMetric)
             _insert_all(connection, schema.artifact, claim.run_id, artifacts, Artifact)
 
-    def append(self, run_id: int, measurements: Sequence[Measurement]) -> int:
-        """Add measurements to a run that is done; how many were added.
+    def append(
+        self, run_id: int, measurements: Sequence[Measurement], artifacts: Iterable[Artifact] = ()
+    ) -> int:
+        """Add measurements (and artifacts) to a run that is done; how many measurements were added.
 
         What the run already has (same spec key and name) stays as it is: two processes that measure the same
         run do double work but no harm. Raises AssetError unless the run is done, EvaluationError as `finish`
@@ -160,6 +162,7 @@ class Database:
             present = {tuple(row) for row in connection.execute(held)}
             missing = [each for each in measurements if (each.spec_key, each.name) not in present]
             _insert_measurements(connection, run_id, missing)
+            _insert_all(connection, schema.artifact, run_id, artifacts, Artifact)
             return len(missing)
 
     def fail(

@@ -1,10 +1,10 @@
 """The reading side of the results database: rows as plain values, results as pandas frames."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sqlalchemy import Boolean, Integer, Table, select, text
+from sqlalchemy import Boolean, Integer, RowMapping, Table, select, text
 
 from qbench.errors import AssetError, SpecError
 from qbench.store import schema
@@ -70,13 +70,21 @@ def metrics(database: Database, run_ids: Iterable[int]) -> list[MetricRow]:
 
 def samples(database: Database, metric_id: int) -> np.ndarray:
     """The per-item values of a metric, float64 [n], in item order; AssetError if none were stored."""
-    with database.read() as connection:
-        found = connection.execute(
-            select(schema.sample).where(schema.sample.c.metric_id == metric_id)
-        ).first()
-    if found is None:
+    found = samples_of(database, [metric_id])
+    if not found:
         raise AssetError(f"metric {metric_id}: no samples are stored for it")
-    return unpack(found._mapping["values"], found.n)
+    return found[metric_id]
+
+
+def samples_of(database: Database, metric_ids: Iterable[int]) -> dict[int, np.ndarray]:
+    """As `samples` for several metrics at once; metrics without stored samples are left out."""
+    wanted, found = sorted(set(metric_ids)), {}
+    with database.read() as connection:
+        for some in _portions(wanted):
+            query = select(schema.sample).where(schema.sample.c.metric_id.in_(some))
+            for row in connection.execute(query).mappings():
+                found[row["metric_id"]] = unpack(row["values"], row["n"])
+    return found
 
 
 def layer_metrics(database: Database, run_id: int) -> list[LayerMetric]:
@@ -123,15 +131,19 @@ def frame(database: Database, **equals: str | int | float | bool) -> "pd.DataFra
     return everything.reset_index(drop=True)
 
 
-def _of_runs(database: Database, table: Table, run_ids: Iterable[int]) -> Sequence[dict[str, Any]]:
-    wanted, found = sorted(set(run_ids)), []
+def _of_runs(database: Database, table: Table, run_ids: Iterable[int]) -> Sequence[RowMapping]:
+    found: list[RowMapping] = []
     with database.read() as connection:
-        for start in range(0, len(wanted), 500):  # databases limit the number of parameters of one statement
-            some = table.c.run_id.in_(wanted[start : start + 500])
-            found += connection.execute(
-                select(table).where(some).order_by(table.c.run_id, table.c.id)
-            ).mappings()
+        for some in _portions(sorted(set(run_ids))):
+            query = select(table).where(table.c.run_id.in_(some)).order_by(table.c.run_id, table.c.id)
+            found += connection.execute(query).mappings()
     return found
+
+
+def _portions(values: Sequence[int]) -> Iterator[Sequence[int]]:
+    """`values` in pieces that fit into one statement: databases limit the number of its parameters."""
+    for start in range(0, len(values), 500):
+        yield values[start : start + 500]
 
 
 def _record(kind: type, row: Any) -> Any:

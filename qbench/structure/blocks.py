@@ -114,7 +114,7 @@ def finish(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def use_single_experts(model: nn.Module) -> None:
-    """Makes a mixture-of-experts model compute each expert by its own linear operations (no effect on others).
+    """Makes a mixture-of-experts model compute each expert by its own linear operations.
 
     Grouped kernels read a whole expert parameter at once, and what one expert was given could not be told.
     """

@@ -65,7 +65,7 @@ class LinearReplacement(TorchFunctionMode):
 
 
 def float64_values(block: nn.Module, linear: set[str]) -> dict[str, Tensor]:
-    """Float64 values, by path, of the floating-point buffers and parameters except those of linear weights."""
+    """Float64 values, by path, of floating-point buffers and parameters except those of linear weights."""
     named = [*block.named_parameters(), *block.named_buffers()]
     return {
         name: value.detach().double()
@@ -75,6 +75,7 @@ def float64_values(block: nn.Module, linear: set[str]) -> dict[str, Tensor]:
 
 
 def call_with(block: nn.Module, call: BlockCall, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states that leave `block` when `values` stand for its parameters and buffers of those paths."""
     args, kwargs = call.arguments(hidden)
     with torch.no_grad():
         return output_of(torch.func.functional_call(block, dict(values), args, kwargs))

@@ -1,4 +1,4 @@
-"""Scales that can move from the columns of a linear weight into what produces its input: found, then proved."""
+"""Scales that can move from a weight's columns into what produces its input: found, then proved."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from qbench.structure.weights import WeightRef
 
 @dataclass(frozen=True, kw_only=True)
 class Divided:
-    """A part of a producer: entries of a vector, or rows of a linear weight, that are divided by the free scales."""
+    """A part of a producer: entries of a vector, or rows of a linear weight, divided by the free scales."""
 
     parameter: str
     """Path in the block."""
@@ -31,11 +31,11 @@ class Divided:
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """A freedom of a block: divide input channel j of some groups by s[j] in the producer of that input, multiply
-    column j of all weights that read it by s[j], and the block computes the same function.
+    """A freedom of a block: input channel j of some groups can be divided by a scale in what produces it.
 
-    Channels may be tied: with grouped-query attention, channel d of all query heads of one key/value head
-    shares a scale. Free scales are numbered 0 to n_free - 1.
+    Column j of every weight that reads the channel is multiplied by the same scale, and the block computes
+    the same function. Channels may be tied: with grouped-query attention, channel d of all query heads of one
+    key/value head shares a scale. Free scales are numbered 0 to n_free - 1.
     """
 
     group: int
@@ -149,7 +149,7 @@ def _preserves_output(
 
 
 def _norm_folds(block: nn.Module, skeleton: Skeleton, structure: BlockStructure) -> Iterator[Fold]:
-    """Folds into the vectors of one module: all multiply or add as they are, or one of them multiplies as 1 + w."""
+    """Folds into the vectors of one module: all multiply or add as they are, or one multiplies as 1 + w."""
     biases = {ref.bias for group in structure.groups for ref in group.weights}
     sizes = {group.in_features for group in structure.groups}
     by_module: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def _norm_folds(block: nn.Module, skeleton: Skeleton, structure: BlockStructure)
 
 
 def _linear_folds(skeleton: Skeleton, structure: BlockStructure) -> Iterator[Fold]:
-    """Folds into rows of a linear weight; an expert's into the same expert's. The last executed comes first."""
+    """Folds into rows of a linear weight, of an expert into its own; the last executed comes first."""
     by_parameter: dict[str, list[WeightRef]] = {}
     rows_of: dict[str, Tensor] = {}
     for group in structure.groups:
@@ -201,7 +201,7 @@ def _linear_folds(skeleton: Skeleton, structure: BlockStructure) -> Iterator[Fol
 
 
 def _row_candidates(query_key_rows: Tensor) -> Iterator[Tensor]:
-    """Rows of a weight, int64, that may feed their channels linearly: all, or those of one half of a fused pair.
+    """int64 row sets of a weight that may feed channels linearly: all rows, or one half of a fused pair.
 
     Rows that reach attention scores do so through a softmax.
     """
@@ -229,7 +229,7 @@ def _key(ref: WeightRef) -> WeightKey:
 def _per_expert(
     structure: BlockStructure, refs: list[WeightRef], rows: Tensor, readers: Mapping[WeightKey, Tensor]
 ) -> Iterator[Fold]:
-    """The fold of one weight, or one fold for each expert of a parameter that feeds weights of the same expert."""
+    """The fold of one weight, or one for each expert of a parameter that feeds weights of the same expert."""
     for ref in refs:
         own = (
             readers

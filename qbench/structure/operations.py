@@ -29,7 +29,7 @@ class LinearUse:
 
 @dataclass(frozen=True)
 class _Signature:
-    """Where a linear function takes its input, weight and bias: (position, keyword) each; how it reads weights."""
+    """Where a linear function takes its input, weight and bias: (position, keyword) each."""
 
     x: tuple[int, str]
     weight: tuple[int, str]

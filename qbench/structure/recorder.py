@@ -15,6 +15,8 @@ from qbench.structure.operations import LinearOperations, LinearUse
 
 @dataclass(frozen=True)
 class Read:
+    """One weight read by one operation."""
+
     use: LinearUse
     input: tuple[int, ...]
     """`tensor_key` of the input when it was read."""
@@ -30,7 +32,7 @@ _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class Recorder(TorchFunctionMode):
-    """Records the linear reads of a block, the arguments of its submodules and the inputs of its attention."""
+    """Records the linear reads of a block, its submodules' arguments and the inputs of its attention."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -99,7 +101,8 @@ class Recorder(TorchFunctionMode):
             rows = torch.zeros(read.output.shape[-1], dtype=torch.bool)
             if gradient is not None:
                 rows = (gradient != 0).flatten(0, -2).any(dim=0).cpu()
-            found[read.use.parameter, read.use.index] = rows
+            key = (read.use.parameter, read.use.index)
+            found[key] = rows | found[key] if key in found else rows
         return found
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -16,7 +16,7 @@ WeightKey = tuple[str, int | None]
 
 _MIN_DRAWS, _MAX_DRAWS = 2, 48
 # A path that is linear only up to some magnitude, as through a clamp, is not linear.
-_LARGE = 1000.0
+_LARGE = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Response:
 
 
 class Skeleton:
-    """A block whose linear weights are replaced by sources of noise, so that no weight's input reaches its output.
+    """A block whose linear weights are sources of noise: no weight's input reaches its output.
 
     What then still follows from a change of one source or one vector follows directly, not through other
     weights: comparing two runs shows all that a source feeds. Noise depends on the seed, the weight and the
@@ -45,7 +45,7 @@ class Skeleton:
         self._routers = {(ref.parameter, ref.index) for ref in structure.routers}
         weights = [ref for group in structure.groups for ref in group.weights] + list(structure.routers)
         self._refs = {(ref.parameter, ref.index): ref for ref in weights}
-        self._ordinals = {key: ordinal for ordinal, key in enumerate(self._refs)}
+        self._ordinals = {key: ordinal for ordinal, key in enumerate(self._refs, start=1)}
         self._operations = LinearOperations(block)
         self._fixed = float64_values(block, {ref.parameter for ref in weights})
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ class Skeleton:
         }
         """Parameters with one dimension, by path: the values of an unchanged run, float64."""
         self.draws = self._cover()
-        """Unchanged responses to the draws 0, 1, ... that together use every weight; empty if too few reach some."""
+        """Unchanged responses to draws 0, 1, ... that together use every weight; empty if some never is."""
 
     def run(
         self,
@@ -82,7 +82,7 @@ class Skeleton:
             noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self._device)
             if large and key not in self._routers:
                 noise *= -_LARGE
-            return noise * rows[key] if rows and key in rows else noise
+            return noise * rows[key].to(noise) if rows and key in rows else noise
 
         generator = torch.Generator().manual_seed(seed << 32)
         hidden = torch.randn(self._shape, generator=generator, dtype=torch.float64).to(self._device)
@@ -101,7 +101,7 @@ class Skeleton:
 
 
 def distinct_factors(n: int) -> Tensor:
-    """float64 `[n]` distinct factors, none of them near 1: a channel's factor tells which row it comes from."""
+    """float64 `[n]` distinct factors, none near 1: a channel's factor tells which row it comes from."""
     return 1.25 + 0.5 * torch.arange(n, dtype=torch.float64) / n
 
 
@@ -116,7 +116,7 @@ def find_readers(
     rows: Mapping[WeightKey, Tensor] | None = None,
     vectors: Mapping[str, Tensor] | None = None,
 ) -> dict[WeightKey, Tensor]:
-    """What reads a producer multiplied by `distinct_factors(n)`: weight -> int64 `[in_features]`, the factor's position.
+    """Readers of a producer multiplied by `distinct_factors(n)`: weight -> int64 `[in_features]`, which one.
 
     Empty unless the change multiplies every channel of each of its readers by one factor, whatever sign and
     size the noise has, and reaches nothing else.
@@ -146,11 +146,13 @@ def find_readers(
 
 
 def _common_factor(before: Tensor, after: Tensor) -> Tensor:
-    """Per channel of two `[tokens, channels]` inputs, f with after = f * before; NaN where both are 0, inf if none."""
+    """Per channel of `[tokens, channels]`, f with after = f * before; NaN if both are 0, inf if none."""
     if torch.equal(before, after):
         return torch.where((before == 0).all(dim=0), torch.nan, 1.0)
+    size = before.abs().amax(dim=0)
+    dead = (size == 0) & (after == 0).all(dim=0)
+    # Gated channels may be as small as exp(-100); their squares must not vanish.
+    before, after = before / size, after / size
     factor = (after * before).sum(dim=0) / before.square().sum(dim=0)
-    error = (after - factor * before).abs().amax(dim=0)
-    proportional = error <= _FACTOR_TOLERANCE * before.abs().amax(dim=0)
-    dead = (before == 0).all(dim=0) & (after == 0).all(dim=0)
+    proportional = (after - factor * before).abs().amax(dim=0) <= _FACTOR_TOLERANCE
     return torch.where(dead, torch.nan, torch.where(proportional, factor, torch.inf))

@@ -1,4 +1,4 @@
-"""What one forward of a block reveals: which linear weights read the same input, and what they are used for."""
+"""What one forward of a block reveals: which linear weights read the same input, and what for."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,14 @@ class LinearGroup:
     index: int
     """Position in the block, by first use in the forward."""
     weights: tuple[WeightRef, ...]
-    """In order of use; one expert's weights form a group of their own, which reads the tokens routed to it."""
+    """In order of use; an expert's weights form groups of their own, which read the tokens routed to it."""
     in_features: int
     scopes: tuple[str, ...]
-    """Paths of the outermost submodules that are called with the input and contain weights of the group; for weights
-    that no such submodule contains, of the submodule that owns them. Together they contain every weight."""
+    """Paths of the outermost submodules that are called with the input and contain weights of the group.
+
+    For weights that no such submodule contains: of the submodule that owns them. Together they contain every
+    weight.
+    """
     query_key_rows: Mapping[str, Tensor] = field(compare=False)
     """Weight name -> bool `[out_features]` on the CPU: rows whose output reaches an attention score."""
 
@@ -41,7 +44,7 @@ class BlockStructure:
     routers: tuple[WeightRef, ...] = ()
     """Linear weights that choose experts and stay in full precision."""
     unread: tuple[str, ...] = ()
-    """Paths of 2-D parameters that no linear operation reads (tables, state matrices): not weights to quantize."""
+    """Paths of 2-D parameters that no linear operation reads (tables, state matrices): not quantized."""
     folds: tuple["Fold", ...] = ()
 
     @property
@@ -51,7 +54,7 @@ class BlockStructure:
 
 
 def trace_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> BlockStructure:
-    """The structure of `block`, from one forward on `hidden` `[batch, tokens, features]`; a dozen tokens are enough.
+    """The structure of `block`, from one forward on `hidden` `[batch, tokens, features]`; a dozen tokens do.
 
     Experts that no token of the trace was routed to are added by symmetry: the slices of one parameter are
     used alike. Raises StructureError for a weight that reads two different inputs and for expert parameters
@@ -95,7 +98,7 @@ def trace_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> BlockStruc
 
 
 class LinearTap(TorchFunctionMode):
-    """Context manager around one forward of a block that calls `on_input(group, x)` before each group is used.
+    """Context manager for one forward of a block: calls `on_input(group, x)` before each group is used.
 
     `x` is the group's input, `[..., in_features]`, and `on_input` may rewrite the group's weights in place:
     the forward goes on with what it wrote. Groups come in the order of the forward; experts that no token is
@@ -156,7 +159,7 @@ def _weight_ref(block: nn.Module, use: LinearUse) -> WeightRef:
 
 
 def _sibling_bias(block: nn.Module, use: LinearUse, out_features: int) -> str | None:
-    """The bias that a module adds in a second operation: its only other vector of the right size, named so."""
+    """The bias that a module adds in an operation of its own: by its name and size."""
     owner = _owner(use.parameter)
     bias = f"{owner}.bias" if owner else "bias"
     vectors = dict(block.get_submodule(owner).named_parameters(prefix=owner, recurse=False))
@@ -213,7 +216,7 @@ def _complete_experts(groups: list[LinearGroup], experts: Mapping[str, int]) -> 
 def _of_expert(
     group: LinearGroup, index: int, traced: Mapping[tuple[str, int | None], LinearGroup]
 ) -> LinearGroup:
-    """The group of expert `index` that corresponds to one expert's `group`; it must agree with what was traced."""
+    """The group of expert `index` that corresponds to `group`; it must agree with its own trace."""
     weights = tuple(replace(ref, index=index, name=f"{ref.parameter}[{index}]") for ref in group.weights)
     rows = {new.name: group.query_key_rows[old.name] for old, new in zip(group.weights, weights, strict=True)}
     seen = {traced[ref.parameter, index].weights for ref in weights if (ref.parameter, index) in traced}

@@ -29,7 +29,7 @@ class WeightRef:
     """Path of the 1-D bias `[out_features]` that is added to the output; None for experts and without one."""
 
     def of(self, parameter: Tensor) -> Tensor:
-        """`[out, in]` view of `parameter`, a tensor stored the way the block stores this weight's parameter."""
+        """`[out, in]` view of a tensor that is stored as the block stores this weight's parameter."""
         matrix = parameter if self.index is None else parameter[self.index]
         return matrix.mT if self.transposed else matrix
 
@@ -38,7 +38,7 @@ class WeightRef:
         return self.of(block.get_parameter(self.parameter).detach())
 
     def write(self, block: nn.Module, value: Tensor) -> None:
-        """Copies `value` `[out, in]` (any dtype or device) into the parameter, whose storage stays where it is.
+        """Copies `value` `[out, in]` (any dtype, any device) into the parameter's own storage.
 
         Raises StructureError when the shape differs, because `copy_` would broadcast.
         """

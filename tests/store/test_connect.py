@@ -2,6 +2,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def test_a_write_transaction_holds_the_lock_from_its_start(url):
         rival = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0, isolation_level=None)
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             rival.execute("BEGIN IMMEDIATE")
+        rival.close()
+
+
+def test_a_lock_is_waited_for_even_where_sqlite_itself_does_not_wait(url):
+    """As while another process changes the journal mode or recovers a log."""
+    with Database(url) as database:
+        with database.read() as connection:  # the pool hands this connection out again
+            connection.exec_driver_sql("PRAGMA busy_timeout=0")
+        rival = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, check_same_thread=False)
+        rival.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.2, rival.execute, ["ROLLBACK"])
+        release.start()
+        with database.write() as connection:
+            assert release.finished.is_set()
+            assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 0
         rival.close()
 
 
@@ -139,6 +155,24 @@ def test_a_database_of_a_newer_schema_is_refused(url):
 def test_reading_does_not_create(tmp_path):
     assert "no such database" in refusal(f"sqlite:///{tmp_path}/missing/results.db", create=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_that_cannot_be_written_to_is_refused_before_any_work(url):
+    Database(url).close()
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as plain:  # root may write to read-only files
+        plain.execute(
+            "CREATE TRIGGER guard BEFORE UPDATE ON alembic_version"
+            " BEGIN SELECT RAISE(ABORT, 'read-only'); END"
+        )
+    plain.close()
+    assert "read-only" in refusal(url)
+    Database(url, create=False).close()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Database("sqlite:///~/results.db").close()
+    assert (tmp_path / "results.db").is_file()
 
 
 def test_a_relative_address_means_the_folder_at_opening(tmp_path, monkeypatch):

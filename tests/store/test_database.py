@@ -38,7 +38,8 @@ def count(database: Database, table) -> int:
 def test_everything_that_goes_in_comes_out(database):
     given = RunColumns(
         model="tiny", algo="gptq", spec={"stages": [{"damp": 0.01}], "ö": None},
-        weight_format="int4_g64_asym", act_format="bf16", kv_format="bf16", bits=4, group_size=64, symmetric=False, act_bits=16, kv_bits=16,
+        weight_format="int4_g64_asym", act_format="bf16", kv_format="bf16", bits=4, group_size=64,
+        symmetric=False, act_bits=16, kv_bits=16,
         calib="c4-sample", calib_n=16, calib_length=512, calib_seed=2**40, device="cpu", dtype="float32",
         source="memory",
     )  # fmt: skip
@@ -75,6 +76,9 @@ def test_a_live_claim_and_a_done_run_are_refused(database):
     database.finish(claim, Outcome(), [measurement()])
     assert database.begin(columns(), KEY) is None
     assert count(database, schema.run) == 1
+    assert not database.heartbeat(claim)
+    assert not database.fail(claim, "KeyboardInterrupt", "too late", "trace")
+    assert database.find([KEY])[KEY].status == "done"
 
 
 def test_a_failed_run_is_kept_and_superseded_by_the_next_attempt(database):
@@ -207,17 +211,26 @@ def test_the_tables_refuse_what_would_break_the_bookkeeping(database):
 
 def test_more_keys_than_a_statement_has_parameters(database):
     database.begin(columns(), KEY)
-    assert list(database.find([key_of(str(i)) for i in range(40_000)] + [KEY])) == [KEY]
+    with database.read() as connection:  # the pool hands this connection out again
+        connection.connection.driver_connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+    assert list(database.find([key_of(str(i)) for i in range(2000)] + [KEY])) == [KEY]
 
 
 def test_the_results_view_shows_runs_that_are_done_and_count(database, url):
-    for name, ending in (("done", "done"), ("failed", "failed"), ("running", None), ("old", "done")):
+    for name, ending in (
+        ("done", "done"),
+        ("failed", "failed"),
+        ("running", None),
+        ("old", "done"),
+        ("withdrawn", "done"),
+    ):
         claim = database.begin(columns(name), key_of(name))
         if ending == "done":
             database.finish(claim, Outcome(bits_per_weight=4.5), [measurement()])
         if ending == "failed":
             database.fail(claim, "E", "m", "t")
     rewrite(database, database.find([key_of("old")])[key_of("old")].id, superseded_by=1)
+    rewrite(database, database.find([key_of("withdrawn")])[key_of("withdrawn")].id, status="failed")
     with sqlite3.connect(url.removeprefix("sqlite:///")) as plain:
         rows = plain.execute(
             "SELECT algo, bits, task, metric, value, bits_per_weight FROM results"

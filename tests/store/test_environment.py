@@ -21,6 +21,7 @@ def test_a_checkout_is_known_by_commit_and_dirtiness(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "of something else", "--allow-empty")
     assert environment.git_state(package) == (None, None), "inside a repository, but not of it"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")

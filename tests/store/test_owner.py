@@ -32,7 +32,7 @@ def test_on_this_host_a_claim_lives_as_long_as_its_process():
         "a later process with this pid"
     )
     process.kill()
-    process.stdout.read()  # ends when the process has, which stays a zombie until it is waited for
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
     assert not owner.is_alive(text, heartbeat=1e12)
     process.communicate()
     assert not owner.is_alive(text, heartbeat=1e12)

@@ -1,0 +1,70 @@
+"""How figures look: one colour and marker per algorithm everywhere, readable in print, without colour and by
+everyone.
+
+Colours are those of Okabe and Ito (2008), which remain distinct under the common colour vision deficiencies;
+yellow is left out as too faint on white.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import matplotlib as mpl
+
+_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Colour (hex) and matplotlib marker of an algorithm."""
+
+    colour: str
+    marker: str
+
+
+_KNOWN = {"rtn": Mark(_ORANGE, "s"), "gptq": Mark(_BLUE, "o"), "awq": Mark(_GREEN, "^")}
+_OTHERS = tuple(Mark(colour, marker) for marker in "DvPX*p<>" for colour in (_VERMILION, _PURPLE, _SKY))
+
+
+def marks(algorithms: Iterable[str]) -> dict[str, Mark]:
+    """A different mark for each algorithm, in a colour of its own as far as the colours go.
+
+    An algorithm that is not among the known ones gets the mark that its name hashes to, unless another one of
+    the same figure has taken it or its colour.
+    """
+    found: dict[str, Mark] = {name: _KNOWN[name] for name in sorted(set(algorithms)) if name in _KNOWN}
+    for name in sorted(set(algorithms) - found.keys()):
+        start = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(_OTHERS)
+        candidates = [mark for mark in (*_OTHERS[start:], *_OTHERS[:start]) if mark not in found.values()]
+        colours = {mark.colour for mark in found.values()}
+        found[name] = next((mark for mark in candidates if mark.colour not in colours), candidates[0])
+    return found
+
+
+def house_style() -> AbstractContextManager[None]:
+    """A context in which new figures have the house style; outside it matplotlib is as before."""
+    return mpl.rc_context(
+        {
+            "figure.figsize": (7.0, 4.4),
+            "figure.dpi": 150,
+            "savefig.dpi": 200,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#E5E5E5",
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "lines.markersize": 7,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,  # text stays text in the PDF
+        }
+    )

@@ -1,0 +1,104 @@
+"""Short names for the points of a sweep: what differs goes into the label, what they share into the
+caption."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qbench.store.records import RunRow
+
+# The algorithm and its bits are in every label; the rest where it varies, in this order.
+_WORDS: Mapping[str, Callable[[Any], str]] = {
+    "group_size": lambda size: {-1: "per-channel", 0: "per-tensor"}.get(size, f"g{size}"),
+    "symmetric": lambda symmetric: "sym" if symmetric else "asym",
+    "act_format": lambda name: f"act {name}",
+    "kv_format": lambda name: f"kv {name}",
+    "calib": lambda name: f"calib {name}",
+    "calib_n": lambda n: f"n {n}",
+    "calib_length": lambda length: f"length {length}",
+    "calib_seed": lambda seed: f"seed {seed}",
+    "dtype": str,
+    "device": str,
+    "source": lambda name: f"source {name}",
+}
+_OF_THE_MODEL = ("dtype", "device", "source")  # the full-precision row is told apart by these only
+
+
+def is_baseline(row: RunRow) -> bool:
+    """Whether this is the full-precision model, which all differences are taken against."""
+    return row.algo == "none"
+
+
+def point_labels(rows: Sequence[RunRow]) -> list[str]:
+    """A label per row, for instance "gptq 4-bit g64"; different rows get different labels.
+
+    Where the columns do not tell two rows apart, the options that differ in their specs are added.
+    """
+    models = {row.model for row in rows}
+    varying = [name for name in _WORDS if len(_values(rows, name)) > 1]
+    labels = []
+    for row in rows:
+        baseline = is_baseline(row)
+        words = ["full precision"] if baseline else [row.algo, *([f"{row.bits}-bit"] if row.bits else [])]
+        for name in varying:
+            value = getattr(row, name)
+            if value is not None and (not baseline or name in _OF_THE_MODEL):
+                words.append(_WORDS[name](value))
+        labels.append((f"{row.model}: " if len(models) > 1 else "") + " ".join(words))
+
+    alike = defaultdict(list)
+    for index, label in enumerate(labels):
+        alike[label].append(index)
+    for indices in alike.values():
+        if len(indices) > 1:
+            for index, words in zip(indices, _spec_differences([rows[i].spec for i in indices]), strict=True):
+                labels[index] += "".join(f" {word}" for word in words) or f" #{rows[index].id}"
+    return labels
+
+
+def shared_settings(rows: Sequence[RunRow]) -> list[str]:
+    """What all rows have in common and no label says, for a caption: ["model tiny", "g64", …]."""
+    models = {row.model for row in rows}
+    shared = [f"model {row_model}" for row_model in models if len(models) == 1]
+    for name, word in _WORDS.items():
+        values = _values(rows, name)
+        if len(values) == 1:
+            shared.append(word(values.pop()))
+    return shared
+
+
+def _values(rows: Sequence[RunRow], name: str) -> set[object]:
+    """The values of a column, leaving out rows that it says nothing about (full precision has no group
+    size)."""
+    relevant = rows if name in _OF_THE_MODEL else [row for row in rows if not is_baseline(row)]
+    return {getattr(row, name) for row in relevant} - {None}
+
+
+def _spec_differences(specs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each spec the leaves, as "option=value", that are not the same in all of them."""
+    leaves = [dict(_leaves(spec)) for spec in specs]
+    paths = {path: None for each in leaves for path in each}  # a dict keeps the order
+    differing = [path for path in paths if len({repr(each.get(path)) for each in leaves}) > 1]
+    return [
+        [f"{path.rsplit('.', 1)[-1]}={each[path]}" for path in differing if path in each] for each in leaves
+    ]
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted path, value) of everything that is not a container.
+
+    In a list, an item with a name goes by it, and [name, value] is an option; others go by their position.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            if isinstance(item, Mapping) and "name" in item:
+                yield from _leaves(item, f"{path}.{item['name']}")
+            elif isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str):
+                yield from _leaves(item[1], f"{path}.{item[0]}")
+            else:
+                yield from _leaves(item, f"{path}.{position}")
+    else:
+        yield path, value

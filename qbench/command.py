@@ -1,0 +1,152 @@
+"""The Hydra side of the command line: where the configuration lies, what it accepts, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import qbench
+from qbench.errors import SpecError
+from qbench.help import HELP
+
+#: Overrides of Hydra itself are passed on as they are.
+HYDRA_KEYS = ("hydra", "hydra.", "hydra/")
+
+
+def conf_dir() -> Path:
+    """The folder of configuration files: $QBENCH_CONF, else the checkout's `conf/`, else the installed package's."""
+    package = Path(qbench.__file__).resolve().parent
+    candidates = [os.environ.get("QBENCH_CONF"), package.parent / "conf", package / "conf"]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "config.yaml").is_file():
+            return Path(candidate).resolve()
+    raise SpecError("QBENCH_CONF", os.environ.get("QBENCH_CONF"), "a folder with qbench's config.yaml")
+
+
+def run_command(arguments: list[str]) -> int:
+    """Compose and run what the arguments say; returns the exit code. Raises SpecError for anything unknown."""
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(HELP)
+        return 0
+    if not any(argument in ("--multirun", "-m") for argument in arguments):
+        _refuse_sweep(arguments)
+    _check_keys(arguments)
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    code = 0
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def single(config: DictConfig) -> None:
+        from qbench.sweep import run_sweep
+
+        nonlocal code
+        code = run_sweep([config])
+
+    saved, sys.argv = sys.argv, ["qbench", *arguments]
+    try:
+        single()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _readable(error, arguments) from error
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
+    finally:
+        sys.argv = saved
+    return code
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    """The `key=value` arguments."""
+    return [a for a in arguments if not a.startswith("-")]
+
+
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse what Hydra would add or delete silently, unknown keys, and unknown choices of a group."""
+    groups = {path.parent.name for path in conf_dir().glob("*/*.yaml")}
+    chosen: dict[str, str] = {}
+    overrides = []
+    for text in _overrides(arguments):
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise SpecError("command line", text, f"not a key=value: {_first_line(error)}") from error
+        if text.startswith(("+", "~")):
+            raise SpecError("command line", text, "keys cannot be added or removed: give an existing key=value")
+        if override.key_or_group.startswith(HYDRA_KEYS):
+            continue
+        overrides.append(override)
+        if override.key_or_group in groups:
+            values = [str(v) for v in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
+            for value in values:
+                options = sorted(path.stem for path in (conf_dir() / override.key_or_group).glob("*.yaml"))
+                if str(value) not in options:
+                    raise SpecError(override.key_or_group, value, f"unknown; one of {', '.join(options)}")
+            chosen.setdefault(override.key_or_group, str(values[0]))
+    for override in overrides:
+        key = override.key_or_group
+        if key not in groups:
+            known = _known_keys(chosen | _other_choices(overrides, groups, key))
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+                near = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0] and "." in key]
+                shown = close or near or sorted(k for k in known if "." not in k)
+                raise SpecError(key, override.value_element_as_str, f"unknown key; did you mean {', '.join(shown)}?")
+
+
+def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str]:
+    """In a sweep over a group's choices, a key must exist in each of them: check against the first that lacks it."""
+    group = key.partition(".")[0]
+    for override in overrides:
+        if override.key_or_group == group and group in groups and override.is_sweep_override():
+            for value in override.sweep_iterator():
+                if key not in _known_keys({group: str(value)}):
+                    return {group: str(value)}
+    return {}
+
+
+def _known_keys(chosen: dict[str, str]) -> list[str]:
+    """Every settable key of the configuration with these group choices."""
+    root = OmegaConf.load(conf_dir() / "config.yaml")
+    defaults = {k: v for entry in root.pop("defaults") if isinstance(entry, DictConfig) for k, v in entry.items()}
+    root.pop("hydra")
+    keys = _flatten(root, "")
+    for group, default in defaults.items():
+        if not group.startswith("override"):
+            name = chosen.get(group, default)
+            keys += _flatten(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), f"{group}.")
+    return [key for key in keys if not key.startswith("algo.pipeline")]
+
+
+def _flatten(node: DictConfig, prefix: str) -> list[str]:
+    keys = []
+    for name in node:
+        keys.append(f"{prefix}{name}")
+        if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node._get_node(name)):
+            keys += _flatten(node[name], f"{prefix}{name}.")
+    return keys
+
+
+def _refuse_sweep(arguments: list[str]) -> None:
+    """`algo=awq,gptq` without -m is a sweep that forgot to say so."""
+    for text in _overrides(arguments):
+        if re.fullmatch(r"[\w./]+=[^\[\]{}()'\"]*,[^\[\]{}()'\"]*", text):
+            key, _, value = text.partition("=")
+            raise SpecError(key, value, "several values are a sweep: add -m (a list is written [a,b])")
+
+
+def _readable(error: Exception, arguments: list[str]) -> SpecError:
+    """One line for what Hydra says in several."""
+    text = " ".join(str(error).split())
+    return SpecError("command line", " ".join(_overrides(arguments)), text)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

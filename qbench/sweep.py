@@ -1,0 +1,231 @@
+"""A sweep: plan all points, run what is missing, end with a table and a figure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from qbench.compose import Point, SweepOptions, baseline, freeze, sweep_options
+from qbench.errors import SpecError
+from qbench.progress import SweepProgress
+from qbench.spec import EvaluationSpec
+from qbench.store import queries
+from qbench.store.database import Database
+from qbench.store.records import RunRow
+
+if TYPE_CHECKING:
+    from qbench.session import Session
+
+State = Literal["done", "missing", "to measure", "to export", "failed before", "running"]
+
+#: Seconds between looks at points that another process is working on.
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point and what the database has of it."""
+
+    point: Point
+    state: State
+    row: RunRow | None
+    missing: tuple[EvaluationSpec, ...]
+
+
+def run_sweep(configs: Sequence[DictConfig]) -> int:
+    """Carry out the points of a sweep and the baselines they need; returns the exit code (1: some failed).
+
+    Raises SpecError or AssetError for anything that can be refused before the first point starts.
+    """
+    options = _shared_options(configs)
+    points = with_baselines([freeze(config) for config in configs])
+    console = Console()
+    with Database(options.store_url) as database:
+        plan = [look_up(point, database) for point in points]
+        print_plan(console, plan, options)
+        if options.dry_run:
+            return 0
+        failures = _work(plan, database, options, console) if any(p.state != "done" for p in plan) else {}
+        return summarize(points, database, options, console, failures)
+
+
+def with_baselines(points: Sequence[Point]) -> list[Point]:
+    """The points, each meaning once, followed by the full-precision points they are compared with."""
+    unique: dict[tuple, Point] = {}
+    for point in (*[p for p in map(baseline, points)], *points):
+        identity = (point.spec.key(), *sorted(spec.key() for spec in point.evaluations))
+        if identity not in unique or point.export is not None:
+            unique[identity] = point
+    exports = [point.export for point in unique.values() if point.export is not None]
+    if len(set(exports)) < len(exports):
+        raise SpecError(
+            "export.path", exports[0], "a folder per point, for instance export.path='out/${algo.name}-${bits}'"
+        )
+    return list(unique.values())
+
+
+def look_up(point: Point, database: Database) -> Planned:
+    row = database.find([point.spec.key()]).get(point.spec.key())
+    if row is None:
+        return Planned(point, "missing", None, point.evaluations)
+    if row.status == "failed":
+        return Planned(point, "failed before", row, point.evaluations)
+    if row.status == "running":
+        return Planned(point, "running", row, point.evaluations)
+    measured = database.measured(row.id)
+    missing = tuple(spec for spec in point.evaluations if spec.key() not in measured)
+    if missing:
+        return Planned(point, "to measure", row, missing)
+    if point.export is not None and not _exported(point, row, database):
+        return Planned(point, "to export", row, ())
+    return Planned(point, "done", row, ())
+
+
+def _exported(point: Point, row: RunRow, database: Database) -> bool:
+    """Whether the folder still holds exactly what this run wrote there."""
+    from qbench.export.artifact import describe
+
+    if not point.export.is_dir():
+        return False
+    return describe(point.export).sha256 in {a.sha256 for a in queries.artifacts(database, row.id)}
+
+
+def print_plan(console: Console, plan: Sequence[Planned], options: SweepOptions) -> None:
+    """What the sweep consists of, what is done, and what all points share."""
+    shared, varying = _split_settings([p.point for p in plan])
+    table = Table(title=f"Plan: {len(plan)} points, {sum(p.state == 'done' for p in plan)} done", title_justify="left")
+    for column in ("point", *varying, "state", "key"):
+        table.add_column(column, overflow="fold")
+    for planned in plan:
+        settings = _settings(planned.point)
+        table.add_row(
+            planned.point.label, *(settings.get(name, "") for name in varying), planned.state, planned.point.spec.key()[:12]
+        )
+    console.print(table)
+    for name, value in shared.items():
+        console.print(f"  {name}: {value}", highlight=False)
+    console.print(f"  store: {options.store_url}", highlight=False)
+    if all(planned.state == "done" for planned in plan):
+        console.print("Nothing to do: every point is in the database.")
+
+
+def _work(
+    plan: Sequence[Planned], database: Database, options: SweepOptions, console: Console
+) -> dict[str, BaseException]:
+    """Run what is missing; returns the failures by key."""
+    from qbench.run import execute, measure_again
+    from qbench.session import Session
+
+    session = Session()
+    waiting = [planned for planned in plan if planned.state != "done"]
+    _preflight(waiting, session, console)
+    resume_root = options.results / "resume"
+    failures: dict[str, BaseException] = {}
+    with SweepProgress(console, len(plan), len(plan) - len(waiting)) as progress:
+        while waiting:
+            busy = []
+            for planned in waiting:
+                point = planned.point
+                key = point.spec.key()
+                now = look_up(point, database)
+                if now.state == "done":
+                    progress.finish(point, None)
+                    continue
+                progress.start(point)
+                if now.state in ("to measure", "to export"):
+                    error = None
+                    try:
+                        measure_again(point, now.row, now.missing, session, database, resume_root, progress.phase)
+                    except Exception as caught:  # one point's failure must not end the sweep; it is reported below
+                        error = caught
+                else:
+                    result, error = execute(point, session, database, resume_root, progress.phase)
+                    if result == "busy":
+                        busy.append(planned)
+                        continue
+                if error is not None:
+                    failures[key] = error
+                progress.finish(point, error)
+            waiting = busy
+            if busy:
+                progress.wait(busy[0].point)
+                time.sleep(POLL_S)
+    return failures
+
+
+def _preflight(plan: Sequence[Planned], session: Session, console: Console) -> None:
+    """Refuse now what would fail later: sizes that don't fit, texts that are too short."""
+    with console.status("Checking configurations and texts"):
+        for planned in plan:
+            session.preflight(planned.point)
+
+
+def summarize(
+    points: Sequence[Point],
+    database: Database,
+    options: SweepOptions,
+    console: Console,
+    failures: dict[str, BaseException],
+) -> int:
+    """Print the table, write the figures, and say which points failed."""
+    from analysis.pareto import pareto_figures
+    from analysis.tables.sweep import render, sweep_table
+
+    keys = [point.spec.key() for point in points]
+    evaluations = list(dict.fromkeys(spec.key() for point in points for spec in point.evaluations))
+    table = sweep_table(database, keys, evaluations)
+    console.print(render(table))
+    for path in pareto_figures(table, options.results):
+        console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
+    rows = database.find(keys)
+    failed = [point for point in points if point.spec.key() in failures or rows[point.spec.key()].status == "failed"]
+    for point in failed:
+        row = rows[point.spec.key()]
+        error = failures.get(point.spec.key())
+        text = f"{type(error).__name__}: {error}" if error else f"{row.error_type}: {row.error_message}"
+        console.print(f"[red]failed[/] {point.label} (qbench show {row.id}): {text}", highlight=False, soft_wrap=True)
+    console.print(f"  rows in {options.store_url}", highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _shared_options(configs: Sequence[DictConfig]) -> SweepOptions:
+    options = [sweep_options(config) for config in configs]
+    if len(set(options)) > 1:
+        raise SpecError("store.url, results, dry_run", "several values", "one value for the whole sweep")
+    return options[0]
+
+
+def _settings(point: Point) -> dict[str, str]:
+    """What a reader wants to know of a point, as text."""
+    spec = point.spec
+    settings = {
+        "model": f"{spec.model.name} ({spec.model.dtype}, {point.model.served_by})",
+        "device": f"{point.device}, source={point.source}",
+        "evaluation": ", ".join(
+            f"{e.task} {e.protocol} ({'all' if e.n is None else e.n} windows)" for e in point.evaluations
+        ),
+    }
+    if spec.calibration is not None:
+        c = spec.calibration
+        seed = "" if c.seed is None else f", seed {c.seed}"
+        settings["calibration"] = f"{c.corpus}, {c.n} x {c.length} tokens, {c.sampler}{seed}"
+    for stage in spec.pipeline:
+        if stage.options:
+            settings[stage.name] = ", ".join(f"{name}={value}" for name, value in stage.options)
+    return settings
+
+
+def _split_settings(points: Sequence[Point]) -> tuple[dict[str, str], list[str]]:
+    """Settings that all points that have them share, and the names of the others."""
+    values: dict[str, set[str]] = {}
+    for point in points:
+        for name, value in _settings(point).items():
+            values.setdefault(name, set()).add(value)
+    shared = {name: next(iter(found)) for name, found in values.items() if len(found) == 1}
+    return shared, [name for name in values if name not in shared]
