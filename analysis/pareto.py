@@ -82,8 +82,8 @@ def caption(points: pd.DataFrame) -> str:
     windows = " or ".join(str(n) for n in sorted(points["n"].unique()))
     return (
         f"{first['model']}, {first['task']}: perplexity by protocol {first['protocol']}, {windows} windows, "
-        "bars ±1 standard error; bits counted with scales and zeros, without embeddings and head. Faded: dominated. "
-        "Points of equal bits that would hide each other are drawn side by side. "
+        "bars ±1 standard error; bits counted with scales and zeros, without embeddings and head. "
+        "Faded: dominated. Points of equal bits that would hide each other are drawn side by side. "
         f"Evaluation {first['spec_key'][:12]}; run keys in the CSV."
     )
 
@@ -112,7 +112,8 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
         )
     logarithmic = points["ppl"].max() > LOG_BEYOND * points["ppl"].min()
     style = marks(candidates["algo"])
-    for (_, row), slot in zip(candidates.iterrows(), sideways_slots(candidates, logarithmic), strict=True):
+    slots = sideways_slots(candidates, logarithmic)
+    for (_, row), slot in zip(candidates.iterrows(), slots, strict=True):
         mark, alpha = style[row["algo"]], 1.0 if row["on_front"] else _FADED
         aside = ScaledTranslation(slot * _SLOT_POINTS / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
@@ -130,7 +131,7 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
     spread = candidates["stderr"].fillna(0.0)
     for ends in (candidates["ppl"] + spread, np.maximum(candidates["ppl"] - spread, candidates["ppl"] / 2)):
         axes.update_datalim(np.column_stack([candidates["bits_per_weight"], ends]))
-    axes.margins(x=0.09, y=0.05)
+    axes.margins(x=0.05 + 0.03 * max(map(abs, slots)), y=0.05)
     for algo, mark in style.items():
         axes.plot([], [], mark.marker, color=mark.colour, label=algo)
     axes.set_xlabel("bits per weight (better ←)")
@@ -173,7 +174,9 @@ def _use_log_scale(axes: Axes, ratio: float) -> None:
     """A logarithmic axis with plain numbers: a linear one would press most points to its foot."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    )
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -175,12 +175,13 @@ def summarize(
 ) -> int:
     """Print the table, write the figures, and say which points failed."""
     from analysis.pareto import pareto_figures
-    from analysis.tables.sweep import render, sweep_table
+    from analysis.tables.sweep import sweep_table
+    from analysis.tables.terminal import Rendered
 
     keys = [point.spec.key() for point in points]
     evaluations = list(dict.fromkeys(spec.key() for point in points for spec in point.evaluations))
     table = sweep_table(database, keys, evaluations)
-    console.print(render(table))
+    console.print(Rendered(table))
     for path in pareto_figures(table, options.results):
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
     rows = database.find(keys)

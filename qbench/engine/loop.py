@@ -75,7 +75,9 @@ def quantize_block(
             work.probe = Probe.observe(block, index, streams.full, sequences)
             work.scopes = work.probe.scopes(block, structure) if pipeline.scope_tokens else {}
         work.collect(pipeline.needs("full"))
+        started = time.perf_counter()
         streams.full.observe(block, index, structure, work.observe)
+        work.metrics.append(("", "full_stream_s", time.perf_counter() - started))
     for stage in pipeline.stages:
         started = time.perf_counter()
         if any(need.stream == "quantized" for need in stage.needs):
@@ -91,6 +93,7 @@ def quantize_block(
             if stage.kind == Kind.TRANSFORM:
                 work.guard(stage)
         work.metrics.append(("", f"{stage.name}_s", time.perf_counter() - started))
+    work.metrics += [("", f"{name}_s", seconds) for name, seconds in work.seconds.items()]
     return FinishedBlock(index, block, work.codes, tuple(work.metrics))
 
 
@@ -115,6 +118,7 @@ class _Work:
     ranges: dict[str, Range] = field(default_factory=dict)
     codes: dict[str, QTensor] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.formats = self.recipe.formats(self.structure)
@@ -128,8 +132,10 @@ class _Work:
         }
 
     def observe(self, group: LinearGroup, x: Tensor) -> None:
+        started = time.perf_counter()
         for statistic in self.statistics[group.index].values():
             statistic.update(x)
+        self._spent("statistics", started)
 
     def apply(self, stage: Stage, groups: tuple[LinearGroup, ...]) -> None:
         """Show the stage its groups, install what it decided, and measure what rounding did to each layer."""
@@ -144,7 +150,10 @@ class _Work:
             generator=self.generator,
             where=f"block {self.index}",
         )
+        started = time.perf_counter()
         outcome = stage.apply(view)
+        self._spent(f"{stage.name}_solve", started)
+        started = time.perf_counter()
         if stage.kind == Kind.ROUND:
             for group in groups:
                 self._measure(group, outcome)
@@ -152,6 +161,10 @@ class _Work:
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
             for group in groups:
                 self.statistics.pop(group.index, None)
+        self._spent("install", started)
+
+    def _spent(self, name: str, started: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _install(self, outcome: Outcome) -> None:
         for path, value in outcome.parameters.items():
