@@ -16,9 +16,8 @@ from matplotlib.transforms import ScaledTranslation
 from analysis.style import house_style, marks
 from analysis.tables.sweep import Evaluation, SweepTable
 
-LOG_BEYOND = (
-    20.0  # ratio of largest to smallest value from which on a linear axis hides the differences at its foot
-)
+# Ratio of the largest to the smallest value beyond which a linear axis hides the differences at its foot.
+LOG_BEYOND = 20.0
 _FADED = 0.4
 _SLOT_POINTS = 8.0  # by which points that would hide each other are drawn apart, in 1/72 inch
 

@@ -40,8 +40,9 @@ def marks(algorithms: Iterable[str]) -> dict[str, Mark]:
     An algorithm that is not among the known ones gets the mark that its name hashes to, unless another one of
     the same figure has taken it or its colour.
     """
-    found: dict[str, Mark] = {name: _KNOWN[name] for name in sorted(set(algorithms)) if name in _KNOWN}
-    for name in sorted(set(algorithms) - found.keys()):
+    names = sorted(set(algorithms))
+    found = {name: _KNOWN[name] for name in names if name in _KNOWN}
+    for name in (name for name in names if name not in _KNOWN):
         start = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(_OTHERS)
         candidates = [mark for mark in (*_OTHERS[start:], *_OTHERS[:start]) if mark not in found.values()]
         colours = {mark.colour for mark in found.values()}

@@ -182,6 +182,7 @@ def main() -> None:
     ppl, unigram = math.exp(held_out_nll(stored, held_out)), math.exp(unigram_nll(ids, held_out))
     print(f"held-out perplexity per token {ppl:.2f} as stored, unigram {unigram:.1f}")
     for file in sorted(options.out.iterdir()):
+        file.chmod(0o644)  # safetensors writes for its owner alone, a package is for all
         print(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.stat().st_size:8d}  {file.name}")
 
 

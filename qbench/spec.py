@@ -142,11 +142,11 @@ def difference(left: Mapping, right: Mapping, path: str = "") -> Iterator[tuple[
 
 def _tagged(value: object) -> object:
     """Dataclasses become dicts with their type's name, so that equal fields of different types never collide;
-    floats are tagged too (1 and 1.0 are the same option value only if the option's type says so)."""
+    floats are tagged too (1 and 1.0 are the same option value only if the option's type says so; 0.0 and -0.0 are)."""
     if is_dataclass(value):
         return {"type": type(value).__name__} | {f.name: _tagged(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         return [_tagged(item) for item in value]
     if isinstance(value, float):
-        return {"float": value.hex()}
+        return {"float": (value + 0.0).hex()}
     return value

@@ -48,10 +48,12 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
     console = Console()
     with Database(options.store_url) as database:
         plan = [look_up(point, database) for point in points]
+        waiting = [planned for planned in plan if planned.state != "done"]
+        session = _checked_session(waiting, console) if waiting else None
         print_plan(console, plan, options)
         if options.dry_run:
             return 0
-        failures = _work(plan, database, options, console) if any(p.state != "done" for p in plan) else {}
+        failures = _work(waiting, len(plan), session, database, options, console) if session is not None else {}
         return summarize(points, database, options, console, failures)
 
 
@@ -115,19 +117,31 @@ def print_plan(console: Console, plan: Sequence[Planned], options: SweepOptions)
         console.print("Nothing to do: every point is in the database.")
 
 
+def _checked_session(waiting: Sequence[Planned], console: Console) -> Session:
+    """A session in which everything that can be refused without weights has been looked at: sizes, texts, context."""
+    from qbench.session import Session  # imports transformers: only if something has to run
+
+    session = Session()
+    console.print("Checking configurations and texts ...", highlight=False)
+    for planned in waiting:
+        session.preflight(planned.point)
+    return session
+
+
 def _work(
-    plan: Sequence[Planned], database: Database, options: SweepOptions, console: Console
+    waiting: Sequence[Planned],
+    total: int,
+    session: Session,
+    database: Database,
+    options: SweepOptions,
+    console: Console,
 ) -> dict[str, BaseException]:
     """Run what is missing; returns the failures by key."""
     from qbench.run import execute, measure_again
-    from qbench.session import Session
 
-    session = Session()
-    waiting = [planned for planned in plan if planned.state != "done"]
-    _preflight(waiting, session, console)
     resume_root = options.results / "resume"
     failures: dict[str, BaseException] = {}
-    with SweepProgress(console, len(plan), len(plan) - len(waiting)) as progress:
+    with SweepProgress(console, total, total - len(waiting)) as progress:
         while waiting:
             busy = []
             for planned in waiting:
@@ -157,13 +171,6 @@ def _work(
                 progress.wait(busy[0].point)
                 time.sleep(POLL_S)
     return failures
-
-
-def _preflight(plan: Sequence[Planned], session: Session, console: Console) -> None:
-    """Refuse now what would fail later: sizes that don't fit, texts that are too short."""
-    with console.status("Checking configurations and texts"):
-        for planned in plan:
-            session.preflight(planned.point)
 
 
 def summarize(

@@ -1,13 +1,12 @@
-"""Assets: hashes, model directories, hub and wheels. No network: pip gets its wheels from a folder."""
+"""Assets: hashes, model directories and hub models, without a network."""
 
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
-import threading
 import time
-import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from qbench import assets
-from qbench.assets import WheelFile, check_model_dir, file_sha256, read_wheel_file, resolve_model
+from qbench.assets import check_model_dir, file_sha256, resolve_model
 from qbench.errors import AssetError, SpecError
 
 
@@ -95,6 +94,13 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, cache):
     (tmp_path / "file").write_bytes(b"a" * (1 << 20))
     file_sha256(tmp_path / "file")
     assert not (cache / "sha256").exists()
+
+
+@pytest.mark.usefixtures("quiet_period_over")
+def test_a_hash_needs_no_cache_folder(tmp_path, monkeypatch):
+    file = old_file(tmp_path / "file", b"a" * (1 << 20))
+    monkeypatch.setenv("QBENCH_CACHE", str(file / "not-a-folder"))
+    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # Model directories
@@ -229,6 +235,22 @@ def test_unknown_assets_are_refused(asset):
         resolve_model(name="m", asset=asset)
 
 
+def test_the_wheels_model_is_known_without_being_there(cache):
+    asset = resolve_model(name="smollm2-135m", asset="wheel:smollm2-135m")
+    assert not cache.exists()
+    assert asset.fingerprint == resolve_model(name="other", asset="wheel:smollm2-135m").fingerprint
+    assert asset.gguf is not None
+    assert asset.gguf.instead == "model.path"
+    assert cache in asset.path.parents
+
+
+def test_every_model_file_resolves(pytestconfig):
+    files = sorted((pytestconfig.rootpath / "conf" / "model").glob("*.yaml"))
+    assert {"smollm2-135m", "tiny"} <= {file.stem for file in files}
+    for file in files:
+        assert resolve_model(**yaml.safe_load(file.read_text())).name == file.stem
+
+
 # The hub
 
 
@@ -263,7 +285,27 @@ def test_a_hub_model_is_downloaded_when_the_cached_one_lacks_a_shard(tmp_path, m
     calls = hub(monkeypatch, whole, cached=partial)
     assert resolve_model(name="m", path="org/name").path == whole
     assert len(calls) == 1
-    assert "*.safetensors" in calls[0]["allow_patterns"]
+    assert "model*.safetensors" in calls[0]["allow_patterns"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_hubs_own_cache_is_read_without_a_network(tmp_path, monkeypatch, whole):
+    def refuse(*_args, **_options):
+        raise OSError("no network")
+
+    repository = tmp_path / "hub" / "models--org--name"
+    folder = model_dir(repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    if whole:
+        assert resolve_model(name="m", path="org/name").path == folder
+        return
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"^model\.path=org/name: ") as error:
+        resolve_model(name="m", path="org/name")
+    message(error)
 
 
 def test_an_unreachable_hub_is_one_line_that_says_what_to_do(monkeypatch):
@@ -271,125 +313,3 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_do(monkeypatch):
     with pytest.raises(AssetError, match=r"no route\).*give its directory") as error:
         resolve_model(name="m", path="org/name")
     assert message(error).startswith("model.path=org/name: ")
-
-
-# Wheels
-
-CONTENT = b"data of the wheel" * 100
-FILE = WheelFile(
-    requirement="some-data==1.2.3",
-    wheel_bytes=2000,
-    member="some_data/x.bin",
-    sha256=hashlib.sha256(CONTENT).hexdigest(),
-)
-WHEEL = "some_data-1.2.3-py3-none-any.whl"
-
-
-def write_wheel(folder: Path, content: bytes = CONTENT) -> Path:
-    """A wheel that pip accepts, with a module that must never be imported."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / WHEEL, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("some_data/__init__.py", "raise SystemExit('imported')")
-        archive.writestr("some_data/x.bin", content)
-        info = "some_data-1.2.3.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: some-data\nVersion: 1.2.3\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return folder / WHEEL
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch) -> Path:
-    """The folder that pip takes for the package index, empty; the network is not asked."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
-@pytest.mark.parametrize("own_pip", [True, False])
-def test_a_wheel_is_fetched_once_by_pip_and_read_as_data(index, cache, monkeypatch, own_pip):
-    if not own_pip:
-        found = assets.importlib.util.find_spec
-        monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: name != "pip" and found(name))
-        assert assets._pip_command() != [sys.executable, "-m", "pip"]
-    write_wheel(index)
-    assert read_wheel_file(FILE) == CONTENT
-    (index / WHEEL).unlink()
-    assert read_wheel_file(FILE) == CONTENT
-    assert [f.name for f in cache.iterdir() if f.name.startswith("partial-")] == []
-
-
-def test_a_failing_pip_is_one_line_that_says_what_to_put_where(index, cache):
-    with pytest.raises(
-        AssetError, match=r"some-data==1\.2\.3: pip could not download it \(No matching"
-    ) as error:
-        read_wheel_file(FILE)
-    assert str(cache / "wheels") in message(error)
-    assert message(error).endswith("calib.path or eval.path")
-    write_wheel(cache / "wheels")  # what the message says helps
-    assert read_wheel_file(FILE) == CONTENT
-
-
-def test_many_at_once_fetch_a_wheel_once(cache, monkeypatch, tmp_path):
-    source = write_wheel(tmp_path / "source")
-    script = (
-        "import pathlib, shutil, sys, time; time.sleep(0.2)\n"
-        f"print(file=open({str(tmp_path / 'calls')!r}, 'a'))\n"
-        f"shutil.copy({str(source)!r}, sys.argv[sys.argv.index('-d') + 1])"
-    )
-    monkeypatch.setattr(assets, "_pip_command", lambda: [sys.executable, "-c", script])
-    read: list[bytes] = []
-    threads = [threading.Thread(target=lambda: read.append(read_wheel_file(FILE))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert read == [CONTENT] * 4
-    assert (tmp_path / "calls").read_text() == "\n"
-
-
-@pytest.mark.parametrize("damage", ["other content", "no zip", "no member", "flipped bit"])
-def test_a_wheel_that_is_not_the_one_expected_is_refused(cache, damage):
-    wheel = write_wheel(cache / "wheels", CONTENT[:-1] if damage == "other content" else CONTENT)
-    file = FILE
-    if damage == "no zip":
-        wheel.write_bytes(wheel.read_bytes()[:200])
-    if damage == "no member":
-        file = WheelFile(
-            requirement=FILE.requirement, wheel_bytes=1, member="some_data/y", sha256=FILE.sha256
-        )
-    if damage == "flipped bit":
-        content = bytearray(wheel.read_bytes())
-        with zipfile.ZipFile(wheel) as archive:
-            start = archive.getinfo(FILE.member).header_offset + 30 + len(FILE.member)
-        content[start + 3] ^= 0x10
-        wheel.write_bytes(content)
-    with pytest.raises(AssetError, match="delete") as error:
-        read_wheel_file(file)
-    assert message(error).startswith(str(wheel))
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("QBENCH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(AssetError, match=r"cache folder .*cannot be written.*QBENCH_CACHE") as error:
-        read_wheel_file(FILE)
-    message(error)
-
-
-def test_the_wheels_model_is_known_without_being_there(cache):
-    asset = resolve_model(name="smollm2-135m", asset="wheel:smollm2-135m")
-    assert not cache.exists()
-    assert asset.fingerprint == resolve_model(name="other", asset="wheel:smollm2-135m").fingerprint
-    assert asset.gguf is not None
-    assert asset.gguf.instead == "model.path"
-    assert cache in asset.path.parents
-
-
-def test_every_model_file_resolves(pytestconfig):
-    files = sorted((pytestconfig.rootpath / "conf" / "model").glob("*.yaml"))
-    assert {"smollm2-135m", "tiny"} <= {file.stem for file in files}
-    for file in files:
-        assert resolve_model(**yaml.safe_load(file.read_text())).name == file.stem

@@ -30,7 +30,7 @@ def is_baseline(row: RunRow) -> bool:
 
 
 def point_labels(rows: Sequence[RunRow]) -> list[str]:
-    """A label per row, for instance "gptq 4-bit g64"; different rows get different labels.
+    """A label per row, for instance "gptq 4-bit g64"; different specs get different labels.
 
     Where the columns do not tell two rows apart, the options that differ in their specs are added.
     """
@@ -52,7 +52,7 @@ def point_labels(rows: Sequence[RunRow]) -> list[str]:
     for indices in alike.values():
         if len(indices) > 1:
             for index, words in zip(indices, _spec_differences([rows[i].spec for i in indices]), strict=True):
-                labels[index] += "".join(f" {word}" for word in words) or f" #{rows[index].id}"
+                labels[index] += "".join(f" {word}" for word in words)
     return labels
 
 

@@ -11,7 +11,7 @@ from analysis.tables.labels import is_baseline, point_labels, shared_settings
 from qbench.errors import EvaluationError
 from qbench.store import queries
 from qbench.store.database import Database
-from qbench.store.owner import is_alive
+from qbench.store.owner import state
 from qbench.store.records import MetricRow, RunRow
 
 _COSTS = ("bits_per_weight", "bits_per_weight_model", "quantize_s", "peak_host_bytes", "peak_device_bytes")
@@ -56,18 +56,16 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
     by_run = {(each.run_id, each.spec_key): each for each in metrics if each.spec_key in set(spec_keys)}
     evaluations = _evaluations(list(by_run.values()), spec_keys)
     samples = queries.samples_of(database, [each.id for each in by_run.values()])
-    baselines = {(row.model, row.dtype): row for row in rows if is_baseline(row) and row.status == "done"}
+    baselines = {(row.model, row.dtype): row for row in rows if is_baseline(row)}
 
+    labels = dict(zip((row.key for row in rows), point_labels(rows), strict=True))
     records = []
-    for row, label in zip(rows, point_labels(rows), strict=True):
-        record = {name: getattr(row, name) for name in (*_IDENTITY, *_COSTS)}
-        record |= {
-            "label": label,
-            "status": _status(row),
-            "error": _error(row),
-            "run_id": row.id,
-            "key": row.key,
-        }
+    for key in dict.fromkeys(keys):
+        if (row := found.get(key)) is None:
+            records.append({"label": key[:12], "status": "missing", "key": key})
+            continue
+        record = {name: getattr(row, name) for name in ("key", *_IDENTITY, *_COSTS)}
+        record |= {"label": labels[key], "status": state(row), "error": _error(row), "run_id": row.id}
         baseline = baselines.get((row.model, row.dtype))
         for each in evaluations:
             metric = by_run.get((row.id, each.spec_key))
@@ -77,8 +75,6 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
             if metric is not None:
                 record |= _perplexity_cells(each.label, metric, reference, samples)
         records.append(record)
-    missing = [key for key in dict.fromkeys(keys) if key not in found]
-    records += [{"label": key[:12], "status": "missing", "key": key} for key in missing]
 
     names = ["label", "status"]
     for each in evaluations:
@@ -135,17 +131,11 @@ def _caption(rows: Sequence[RunRow], evaluations: Sequence[Evaluation], metrics:
     parts = shared_settings(rows)
     for each in evaluations:
         counts = sorted({metric.n for metric in metrics if metric.spec_key == each.spec_key})
-        windows = " or ".join(map(str, counts))
-        parts.append(f"{each.label}: {each.protocol}, {windows} windows")
+        windows = " or ".join(map(str, counts)) + (" window" if counts == [1] else " windows")
+        parts.append(f"{each.label}: {each.protocol}, {windows}")
     if (environments := len({row.environment_id for row in rows})) > 1:
         parts.append(f"rows come from {environments} environments: do not compare their seconds and memory")
     return " · ".join(parts)
-
-
-def _status(row: RunRow) -> str:
-    if row.status == "running" and not is_alive(row.owner, row.heartbeat):
-        return "interrupted"
-    return row.status
 
 
 def _error(row: RunRow) -> str | None:

@@ -46,8 +46,8 @@ class QTensor:
         return self.format.storage_bits(out_features, in_features) + index
 
     def sha256(self) -> str:
-        """Digest of codes, scales and zero points: equal digests are equal weights."""
-        state = hashlib.sha256()
+        """Digest of codes, scales, zero points and what gives them meaning: equal digests are equal weights."""
+        state = hashlib.sha256(f"{list(self.codes.shape)} in groups of {self.format.group_size}\n".encode())
         for part in (self.codes, self.scale, self.zero, self.order):
             if part is not None:
                 state.update(part.detach().cpu().contiguous().numpy().tobytes())

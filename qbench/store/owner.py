@@ -17,6 +17,8 @@ import time
 import uuid
 from pathlib import Path
 
+from qbench.store.records import RunRow
+
 HEARTBEAT_INTERVAL_S = 15.0
 STALE_AFTER_S = 120.0
 
@@ -45,6 +47,11 @@ def is_alive(owner: str, heartbeat: float, now: float | None = None) -> bool:
     if found is not None and _UNKNOWN in (found, parsed["start"]):
         return fresh
     return found == parsed["start"] and (fresh or int(parsed["pid"]) != os.getpid())
+
+
+def state(row: RunRow) -> str:
+    """The status of a run, with "interrupted" for a running one whose owner is gone."""
+    return "interrupted" if row.status == "running" and not is_alive(row.owner, row.heartbeat) else row.status
 
 
 def _host() -> str:

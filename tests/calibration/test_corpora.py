@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qbench.calibration import corpora
@@ -36,6 +36,7 @@ TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1).
 )
 
 
+@example(rows=["a\u2028b\x85c", "", "d\r\ne"], escaped=False, last_newline=True)
 @given(rows=TEXTS, escaped=st.booleans(), last_newline=st.booleans())
 def test_a_jsonl_is_its_rows_joined_by_two_newlines(tmp_path_factory, rows, escaped, last_newline):
     file = tmp_path_factory.mktemp("corpus") / "wikitext2.test.jsonl"

@@ -162,6 +162,9 @@ def test_append_adds_what_is_missing_and_keeps_what_is_there(database):
     other = key_of("another evaluator")
     assert database.append(claim.run_id, [measurement(99.0), measurement(30.0, spec_key=other)]) == 1
     assert database.append(claim.run_id, [measurement(98.0), measurement(97.0, spec_key=other)]) == 0
+    exported = Artifact(kind="hf", path="/models/x", sha256=None, bytes=3)
+    assert database.append(claim.run_id, [], [exported]) == 0
+    assert queries.artifacts(database, claim.run_id) == [exported]
     assert [each.value for each in queries.metrics(database, [claim.run_id])] == [20.0, 30.0]
     assert count(database, schema.sample) == 2
     assert database.measured(claim.run_id) == {key_of("evaluator"), other}

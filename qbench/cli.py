@@ -1,0 +1,185 @@
+"""`qbench ls` and `qbench show`: a look into a results database from the shell. Each is thin over
+`store.queries`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import NoReturn
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qbench.errors import QbenchError
+from qbench.store import queries
+from qbench.store.database import Database
+from qbench.store.owner import state
+from qbench.store.records import LayerMetric, MetricRow, RunRow
+
+DEFAULT_STORE = "sqlite:///results/results.db"
+STATUSES = ("running", "done", "failed")
+_WORST_LAYERS = 10
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Raises bad arguments as an error, so that they are reported like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise QbenchError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command (None: of this process's arguments): 2, and one line, for bad input."""
+    try:
+        options = _parser().parse_args(argv)
+        with Database(options.store, create=False) as database:
+            return options.command(database, options)
+    except QbenchError as error:
+        print(f"qbench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="qbench", description="Look at the runs of a results database.")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
+    shared.add_argument("--json", action="store_true", help="machine-readable output")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_OneLineParser)
+
+    listing = commands.add_parser("ls", parents=[shared], help="list runs, oldest first")
+    listing.add_argument("--algo", help="only this algorithm (none: full precision)")
+    listing.add_argument("--model", help="only this model")
+    listing.add_argument("--status", choices=STATUSES, help="only runs of this status")
+    listing.add_argument("--all", action="store_true", help="also attempts that a later one superseded")
+    listing.set_defaults(command=_list)
+
+    showing = commands.add_parser("show", parents=[shared], help="show all of a run")
+    showing.add_argument("run", help="id, or the beginning of the key")
+    showing.set_defaults(command=_show)
+    return parser
+
+
+def _list(database: Database, options: argparse.Namespace) -> int:
+    rows = queries.runs(
+        database, algo=options.algo, model=options.model, status=options.status, superseded=options.all
+    )
+    metrics: dict[int, list[MetricRow]] = {row.id: [] for row in rows}
+    for each in queries.metrics(database, metrics):
+        metrics[each.run_id].append(each)
+    if options.json:
+        _print_json([_run_json(row, metrics[row.id]) for row in rows])
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("id", "key", "status", "model", "algo", "format", "calib", "bits/weight", "result"):
+        right = title in ("id", "bits/weight")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        per_weight = None if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}"
+        cells = [
+            row.id,
+            row.key[:10],
+            state(row),
+            row.model,
+            row.algo,
+            row.weight_format,
+            row.calib,
+            per_weight,
+        ]
+        found = [f"{each.name} {each.task} {each.protocol} {each.value:.6g}" for each in metrics[row.id]]
+        cells.append("\n".join(found) or row.error_type)
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
+    _console().print(table if rows else "no runs match")
+    return 0
+
+
+def _show(database: Database, options: argparse.Namespace) -> int:
+    row = queries.run_named(database, options.run)
+    metrics, layers = queries.metrics(database, [row.id]), queries.layer_metrics(database, row.id)
+    artifacts = queries.artifacts(database, row.id)
+    environment = queries.environment(database, row.environment_id)
+    if options.json:
+        _print_json(
+            _run_json(row, metrics)
+            | {
+                "environment": asdict(environment),
+                "layer_metrics": [asdict(each) for each in layers],
+                "artifacts": [asdict(each) for each in artifacts],
+            }
+        )
+        return 0
+    _section("run", {"status": state(row), **_columns(row)})
+    _section("environment", _flat(asdict(environment)))
+    _section("spec", _flat(row.spec))
+    _section("phases (s)", _flat(row.phases or {}))
+    _section("metrics", {f"{each.name} {each.task} {each.protocol}": _measured(each) for each in metrics})
+    _section(
+        "artifacts", {each.path: f"{each.kind}, {each.bytes} bytes, {each.sha256}" for each in artifacts}
+    )
+    _section(*_layer_summary(layers))
+    if row.error_trace:
+        _console().print(Text(f"\nerror trace\n{row.error_trace}", style="red"))
+    return 0
+
+
+def _columns(row: RunRow) -> dict[str, object]:
+    """The plain columns of a run, without those that are shown on their own."""
+    elsewhere = ("status", "spec", "phases", "error_trace")
+    return {name: value for name, value in asdict(row).items() if name not in elsewhere}
+
+
+def _run_json(row: RunRow, metrics: Sequence[MetricRow]) -> dict[str, object]:
+    return asdict(row) | {"state": state(row), "metrics": [asdict(each) for each in metrics]}
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _measured(metric: MetricRow) -> str:
+    stderr = "" if metric.stderr is None else f" ± {metric.stderr:.3g}"
+    return f"{metric.value:.6g}{stderr} {metric.unit} ({metric.evaluator}, n = {metric.n})"
+
+
+def _layer_summary(layers: Sequence[LayerMetric]) -> tuple[str, dict[str, object]]:
+    """Title and lines for the layers with the largest output error."""
+    errors = sorted((each for each in layers if each.name == "output_error"), key=lambda each: -each.value)
+    lines = {f"block {each.block} {each.module}": f"{each.value:.4g}" for each in errors[:_WORST_LAYERS]}
+    return f"largest output errors (of {len(errors)} weights)", lines
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    """Nested mappings and sequences as dotted names."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        return {path: value}
+    flat: dict[str, object] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+def _section(title: str, values: Mapping[str, object]) -> None:
+    """Print names and values below a title; nothing where there is nothing."""
+    present = {name: value for name, value in values.items() if value is not None}
+    if not present:
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in present.items():
+        table.add_row(Text(f"  {name}"), Text(str(value), overflow="fold"))
+    _console().print(Text(title, style="bold"), table)
+
+
+def _console() -> Console:
+    """The terminal; into a file or pipe lines are not broken at the width of a terminal that is not there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=500)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
