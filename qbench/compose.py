@@ -27,7 +27,6 @@ SOURCES = ("memory", "stream")
 EXPORTS = ("none", "hf")
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One run that is wanted: its meaning (`spec`, `evaluations`) and how to carry it out (the rest)."""
@@ -152,7 +151,7 @@ def _calibration(node: Mapping[str, Any], pipeline: Pipeline) -> tuple[Calibrati
     n, length = _integer("calib.n", node["n"], 1), _integer("calib.length", node["length"], 2)
     sampler, seed = _choice("calib.sampler", node["sampler"], SAMPLERS), _integer("calib.seed", node["seed"], 0)
     if node["name"] == "text" and node["path"] is None:
-        raise SpecError("calib.path", None, "with calib=text: a .txt file, or a .jsonl file with a \"text\" in each row")
+        raise SpecError("calib.path", None, 'with calib=text: a .txt file, or a .jsonl file with a "text" in each row')
     if node["name"] != "text" and node["path"] is not None:
         raise SpecError("calib.path", node["path"], f"needs calib=text (now calib={node['name']})")
     corpus = resolve_corpus(node["name"], node["path"], option="calib.path" if node["path"] else "calib")

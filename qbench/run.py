@@ -51,16 +51,14 @@ def execute(
     to be taken over by the next invocation.
     """
     key = point.spec.key()
-    claim = database.begin(columns(point), key)
+    claim = database.begin(columns(point), key, session.environment(point))
     if claim is None:
         return "busy", None
     phases, started, memory = Phases(), time.perf_counter(), PeakMemory(point.device)
     with Heartbeat(database, claim):
         try:
             computed = compute(point, point.evaluations, session, phases, memory, resume_root / key, progress)
-            database.finish(
-                claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts
-            )
+            database.finish(claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts)
         except Exception as error:
             spent = Outcome(
                 phases=phases.seconds,
@@ -201,7 +199,7 @@ def _streamed(
     resume: ResumePoint,
     progress: Progress,
 ) -> tuple[Ledger, list[Measurement], list[Artifact]]:
-    """One pass over the blocks on disk: each is quantized, evaluation streams go through it, it is exported, dropped."""
+    """One pass over the blocks on disk: quantize one, push the evaluation streams through it, export it, drop it."""
     export = StreamExport(point.export, source, point.model) if point.export is not None else None
     with phases("quantize"):  # the evaluation streams' forwards are inside: one trip serves both
         result = _pass(point, source, calibration, windows, session, resume, progress, export)

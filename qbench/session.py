@@ -17,6 +17,8 @@ from qbench.engine.source import MemorySource, Source, StreamSource
 from qbench.errors import SpecError
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
 from qbench.spec import CalibrationSpec, EvaluationSpec
+from qbench.store.environment import detect
+from qbench.store.records import Environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +31,7 @@ class Session:
     tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     structures: dict[str, StructureCache] = field(default_factory=dict)
     skeletons: dict[str, PreTrainedModel] = field(default_factory=dict)
+    _environments: dict[torch.device, Environment] = field(default_factory=dict)
     _loaded: tuple[tuple, nn.Module] | None = None
 
     def model(self, point: Point) -> nn.Module:
@@ -36,8 +39,16 @@ class Session:
         identity = (point.model.fingerprint, point.spec.model.dtype, point.device)
         if self._loaded is None or self._loaded[0] != identity:
             self._loaded = None  # before the next one is loaded, not after
-            self._loaded = (identity, load_model(point.model, dtype=DTYPES[point.spec.model.dtype], device=point.device))
+            dtype = DTYPES[point.spec.model.dtype]
+            self._loaded = (identity, load_model(point.model, dtype=dtype, device=point.device))
         return self._loaded[1]
+
+    def environment(self, point: Point) -> Environment:
+        """Where the runs of this session happen; found out once per device."""
+        if point.device not in self._environments:
+            gpu = torch.cuda.get_device_name(point.device) if point.device.type == "cuda" else None
+            self._environments[point.device] = detect(threads=torch.get_num_threads(), gpu=gpu)
+        return self._environments[point.device]
 
     def source(self, point: Point) -> Source:
         if point.source == "memory":

@@ -60,7 +60,7 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
 def with_baselines(points: Sequence[Point]) -> list[Point]:
     """The points, each meaning once, followed by the full-precision points they are compared with."""
     unique: dict[tuple, Point] = {}
-    for point in (*[p for p in map(baseline, points)], *points):
+    for point in (*map(baseline, points), *points):
         identity = (point.spec.key(), *sorted(spec.key() for spec in point.evaluations))
         if identity not in unique or point.export is not None:
             unique[identity] = point
@@ -107,7 +107,10 @@ def print_plan(console: Console, plan: Sequence[Planned], options: SweepOptions)
     for planned in plan:
         settings = _settings(planned.point)
         table.add_row(
-            planned.point.label, *(settings.get(name, "") for name in varying), planned.state, planned.point.spec.key()[:12]
+            planned.point.label,
+            *(settings.get(name, "") for name in varying),
+            planned.state,
+            planned.point.spec.key()[:12],
         )
     console.print(table)
     for name, value in shared.items():
@@ -192,14 +195,15 @@ def summarize(
     for path in pareto_figures(table, options.results):
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
     rows = database.find(keys)
-    failed = [point for point in points if point.spec.key() in failures or rows[point.spec.key()].status == "failed"]
-    for point in failed:
-        row = rows[point.spec.key()]
-        error = failures.get(point.spec.key())
-        text = f"{type(error).__name__}: {error}" if error else f"{row.error_type}: {row.error_message}"
-        console.print(f"[red]failed[/] {point.label} (qbench show {row.id}): {text}", highlight=False, soft_wrap=True)
+    failed = [row for row in rows.values() if row.status == "failed"]
+    for row in failed:
+        console.print(f"  trace of run {row.id}: qbench show {row.id} --store {options.store_url}", highlight=False)
+    for point in points:  # a measurement of a finished run that failed leaves the row as it was
+        key = point.spec.key()
+        if key in failures and rows[key].status == "done":
+            console.print(f"[red]failed[/] {point.label}: {failures[key]}", highlight=False, soft_wrap=True)
     console.print(f"  rows in {options.store_url}", highlight=False, soft_wrap=True)
-    return 1 if failed else 0
+    return 1 if failed or failures else 0
 
 
 def _shared_options(configs: Sequence[DictConfig]) -> SweepOptions:

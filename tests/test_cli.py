@@ -24,18 +24,14 @@ def store(tmp_path: Path) -> str:
     layers = [LayerMetric(block=b, module="q_proj", name="output_error", value=b / 100) for b in range(12)]
     layers.append(LayerMetric(block=0, module="q_proj", name="seconds", value=99.0))
     spec = {"pipeline": [{"name": "round_gptq", "options": [["damp", 0.01]]}], "seed": None}
-    columns = RunColumns(
-        model="tiny", algo="gptq", spec=spec, bits=4, weight_format="int4_g64_asym", calib="c4-sample"
-    )
+    columns = RunColumns(model="tiny", algo="gptq", spec=spec, bits=4, weight_format="int4_g64_asym", calib="c4-sample")
     outcome = Outcome(bits_per_weight=4.3125, phases={"quantize": {"gptq": 1.5}}, model_bytes=123)
     with Database(url) as database:
         claim = database.begin(columns, KEYS[0])
         files = [Artifact(kind="hf", path="/models/[bold]x", sha256="f" * 64, bytes=10)]
         database.finish(claim, outcome, [ppl], layers, files)
         claim = database.begin(RunColumns(model="big", algo="awq", spec={}), KEYS[1])
-        database.fail(
-            claim, "NumericsError", "singular [red]", 'File "x.py", line 3\nNumericsError: singular'
-        )
+        database.fail(claim, "NumericsError", "singular [red]", 'File "x.py", line 3\nNumericsError: singular')
         claim = database.begin(RunColumns(model="tiny", algo="none", spec={}), KEYS[2])
         with database.write() as connection:
             connection.exec_driver_sql(f"UPDATE run SET heartbeat = 0 WHERE id = {claim.run_id}")
@@ -70,9 +66,7 @@ def test_ls_lists_runs_with_what_they_gave(store, capsys):
     ],
 )
 def test_ls_filters_by_every_given_value(store, capsys, filters, ids):
-    assert [
-        run["id"] for run in json.loads(output(capsys, "ls", "--store", store, "--json", *filters))
-    ] == ids
+    assert [run["id"] for run in json.loads(output(capsys, "ls", "--store", store, "--json", *filters))] == ids
     if not ids:
         assert output(capsys, "ls", "--store", store, *filters) == "no runs match\n"
 

@@ -88,7 +88,7 @@ def test_leaving_a_part_out_changes_the_key(name):
     assert dataclasses.replace(RUN, **{name: empty}).key() != RUN.key()
 
 
-def test_the_key_changes_with_stages_their_order_versions_and_options():
+def test_the_key_changes_with_boththeir_order_versions_and_options():
     pipelines = [
         (AWQ, GPTQ),
         (GPTQ, AWQ),
@@ -161,13 +161,13 @@ def test_equal_pipelines_have_equal_keys_and_others_do_not(left, right):
 
 
 def test_zero_has_one_key():
-    keys = {dataclasses.replace(GPTQ, options=(("damp", zero),)) for zero in (0.0, -0.0)}
-    assert len(keys) == 1  # equal values …
-    specs = [dataclasses.replace(RUN, pipeline=(StageSpec(name="s", version=1, options=(("x", z),)),)) for z in (0.0, -0.0)]
-    assert specs[0].key() == specs[1].key()  # … are one run
+    both = [dataclasses.replace(GPTQ, options=(("damp", zero),)) for zero in (0.0, -0.0)]
+    assert both[0] == both[1]  # equal values …
+    assert len({dataclasses.replace(RUN, pipeline=(stage,)).key() for stage in both}) == 1  # … are one run
 
 
-@given(st.dictionaries(st.text(max_size=4), scalars, min_size=2, max_size=5))
+@settings(deadline=None)
+@given(st.dictionaries(st.text(max_size=4), scalars.filter(lambda x: x not in (math.inf, -math.inf)), min_size=2))
 def test_a_digest_ignores_the_order_of_a_mapping(mapping):
     backwards = dict(reversed(list(mapping.items())))
     assert digest(mapping) == digest(backwards)

@@ -79,9 +79,7 @@ def _spec_differences(specs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     leaves = [dict(_leaves(spec)) for spec in specs]
     paths = {path: None for each in leaves for path in each}  # a dict keeps the order
     differing = [path for path in paths if len({repr(each.get(path)) for each in leaves}) > 1]
-    return [
-        [f"{path.rsplit('.', 1)[-1]}={each[path]}" for path in differing if path in each] for each in leaves
-    ]
+    return [[f"{path.rsplit('.', 1)[-1]}={each[path]}" for path in differing if path in each] for each in leaves]
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:

@@ -69,9 +69,7 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
         baseline = baselines.get((row.model, row.dtype))
         for each in evaluations:
             metric = by_run.get((row.id, each.spec_key))
-            reference = (
-                by_run.get((baseline.id, each.spec_key)) if baseline and not is_baseline(row) else None
-            )
+            reference = by_run.get((baseline.id, each.spec_key)) if baseline and not is_baseline(row) else None
             if metric is not None:
                 record |= _perplexity_cells(each.label, metric, reference, samples)
         records.append(record)
@@ -85,9 +83,7 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
     frame = frame.astype(dict.fromkeys(whole, "Int64"))
     measured = [name for name in names if name.startswith(("ppl", "delta"))]
     frame = frame.astype(dict.fromkeys((*measured, *_COSTS), "float64"))
-    return SweepTable(
-        frame=frame, evaluations=evaluations, caption=_caption(rows, evaluations, list(by_run.values()))
-    )
+    return SweepTable(frame=frame, evaluations=evaluations, caption=_caption(rows, evaluations, list(by_run.values())))
 
 
 def _evaluations(metrics: Sequence[MetricRow], spec_keys: Sequence[str]) -> tuple[Evaluation, ...]:
@@ -97,9 +93,7 @@ def _evaluations(metrics: Sequence[MetricRow], spec_keys: Sequence[str]) -> tupl
         measured = [each for each in metrics if each.spec_key == spec_key]
         protocols = sorted({each.protocol for each in measured})
         if len(protocols) > 1:
-            raise EvaluationError(
-                f"ppl {measured[0].task}: one column would mix protocols {', '.join(protocols)}"
-            )
+            raise EvaluationError(f"ppl {measured[0].task}: one column would mix protocols {', '.join(protocols)}")
         if measured:
             task = measured[-1].task
             found.append(Evaluation(label=task, task=task, protocol=protocols[0], spec_key=spec_key))
@@ -108,9 +102,7 @@ def _evaluations(metrics: Sequence[MetricRow], spec_keys: Sequence[str]) -> tupl
         lambda each: f"{each.label} {each.spec_key[:8]}",
     ):
         labels = [each.label for each in found]
-        found = [
-            replace(each, label=fuller(each)) if labels.count(each.label) > 1 else each for each in found
-        ]
+        found = [replace(each, label=fuller(each)) if labels.count(each.label) > 1 else each for each in found]
     return tuple(found)
 
 

@@ -32,12 +32,8 @@ def _sample(stem: str, sha256: str) -> WheelFile:
 WHEEL_CORPORA: dict[str, WheelFile] = {
     "c4-sample": _sample("c4", "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41"),
     "code-sample": _sample("code", "12a80d96af7e16b3ecbf2e6899a9c70aee2f4e0003b581979fe6876944e2d891"),
-    "multilingual-sample": _sample(
-        "multilingual", "68182e06506ead0d2676673fdee4bbe6564ccb06cee3b8373b7e4824297ea91e"
-    ),
-    "technical-sample": _sample(
-        "technical", "7cac2a0ddd7bc4db19e52e3b12ced3812514059f1f11bfc427b7849e0077a2ee"
-    ),
+    "multilingual-sample": _sample("multilingual", "68182e06506ead0d2676673fdee4bbe6564ccb06cee3b8373b7e4824297ea91e"),
+    "technical-sample": _sample("technical", "7cac2a0ddd7bc4db19e52e3b12ced3812514059f1f11bfc427b7849e0077a2ee"),
     "tinystories-sample": _sample("tiny", "51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd"),
     "wikipedia-sample": _sample("wiki", "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"),
 }

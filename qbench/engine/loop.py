@@ -47,7 +47,8 @@ class Streams:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block after its recipe. `block` holds decoded weights; `codes` by weight name; metrics (module, name, value)."""
+    """A block after its recipe: `block` holds decoded weights, `codes` goes by weight name, metrics are (module, name,
+    value)."""
 
     index: int
     block: nn.Module

@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ class StreamExport:
         return describe(self.folder)
 
 
-class _fresh:  # noqa: N801 - reads as a function
+class _fresh:
     """A folder beside `folder` that takes its place when the block ends without an exception."""
 
     def __init__(self, folder: Path) -> None:

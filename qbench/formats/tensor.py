@@ -100,8 +100,8 @@ def extrema(x: Tensor, fmt: TensorFormat) -> Range:
 def fit(x: Tensor, fmt: TensorFormat, clip: Range | None = None) -> QParams:
     """Scale and zero point of every block of x (float `[out, in]`), from `clip` or from the blocks' extrema.
 
-    Asymmetric: s = (hi - lo) / (2^b - 1), z = round(-lo / s) clamped to the codes. Symmetric: s = 2 max|x| / (2^b - 1)
-    on codes -2^(b-1) … 2^(b-1)-1, the convention of GPTQ's authors and of compressed-tensors (not max|x| / (2^(b-1)-1)).
+    Asymmetric: s = (hi - lo) / (2^b - 1), z = round(-lo / s) clamped to codes. Symmetric: s = 2 max|x| / (2^b - 1)
+    on codes -2^(b-1) … 2^(b-1)-1, the convention of GPTQ's authors and of compressed-tensors, not max|x| / (2^(b-1)-1).
     The scale is rounded to its storage dtype before anything is encoded with it. A block of zeros gets s = 1.
 
     Raises NumericsError where the range is not finite or the scale overflows its dtype.

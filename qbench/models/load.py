@@ -73,9 +73,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(tensor)
     if not finite.all():
         bad, total = int((~finite).sum()), tensor.numel()
-        raise NumericsError(
-            f"{name}: {bad} of {total} values are NaN or infinite; the checkpoint is unusable"
-        )
+        raise NumericsError(f"{name}: {bad} of {total} values are NaN or infinite; the checkpoint is unusable")
 
 
 def meta_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -97,9 +95,7 @@ def meta_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) 
                 module._parameters[key] = moved.setdefault(id(parameter), meta)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set:
-                raise StructureError(
-                    f"{prefix}.{key}: a buffer that no checkpoint holds has no values of its own"
-                )
+                raise StructureError(f"{prefix}.{key}: a buffer that no checkpoint holds has no values of its own")
     return model.eval().requires_grad_(False)
 
 

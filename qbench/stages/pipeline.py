@@ -105,7 +105,9 @@ def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, objec
     values: dict[str, object] = {}
     for name, value in options.items():
         if name not in known:
-            raise SpecError(f"algo ({stage.name}) {name}", value, f"options of {stage.name}: {', '.join(sorted(known))}")
+            raise SpecError(
+                f"algo ({stage.name}) {name}", value, f"options of {stage.name}: {', '.join(sorted(known))}"
+            )
         wanted = hints[name]
         choices = get_args(wanted)
         if get_origin(wanted) is not None and not any(isinstance(choice, type) for choice in choices):

@@ -30,7 +30,8 @@ def awq_clip(
     max_shrink: float = 0.5,
     clip_range: ClipRange = "symmetric",
 ) -> Range:
-    """Best range of every block of `weight` (float32 [out, in]) among 1, 1 - 1/n_grid, … > 1 - max_shrink of the full one.
+    """Best range of every block of `weight` (float32 [out, in]) among 1, 1 - 1/n_grid, … of the full one, down to
+    above 1 - max_shrink.
 
     Criterion: mean over tokens of (Σ_j in group x_j (Q(clamp(W))_j - W_j))², the change of the group's share of the
     output, which is Δᵀ H_gg Δ with the group's diagonal block of hessian = E[x xᵀ] [in, in]: exact over all tokens
@@ -104,11 +105,12 @@ class AwqClip(Stage):
         require(0 < self.max_shrink < 1, "algo.max_shrink", self.max_shrink, "a share between 0 and 1 (authors: 0.5)")
         steps = int(self.max_shrink * self.n_grid)
         require(
-            steps >= 2, "algo.max_shrink", self.max_shrink, f"with clip_n_grid={self.n_grid} at least {2 / self.n_grid:g}"
+            steps >= 2,
+            "algo.max_shrink",
+            self.max_shrink,
+            f"with clip_n_grid={self.n_grid} at least {2 / self.n_grid:g}",
         )
-        require(
-            self.clip_range in CLIP_RANGES, "algo.clip_range", self.clip_range, f"one of {', '.join(CLIP_RANGES)}"
-        )
+        require(self.clip_range in CLIP_RANGES, "algo.clip_range", self.clip_range, f"one of {', '.join(CLIP_RANGES)}")
 
     def apply(self, view: BlockView) -> Outcome:
         ranges: dict[str, Range] = {}

@@ -41,7 +41,10 @@ class Gptq(Stage):
         require(0 <= self.damp <= 10, "algo.damp", self.damp, "a share of mean(diag H) from 0 to 10 (authors: 0.01)")
         require(self.block_size >= 1, "algo.block_size", self.block_size, "a number of columns >= 1")
         require(
-            self.scale_source in SCALE_SOURCES, "algo.scale_source", self.scale_source, f"one of {', '.join(SCALE_SOURCES)}"
+            self.scale_source in SCALE_SOURCES,
+            "algo.scale_source",
+            self.scale_source,
+            f"one of {', '.join(SCALE_SOURCES)}",
         )
         grouped = any(fmt.group_size > PER_TENSOR for fmt in formats)
         require(
@@ -80,9 +83,7 @@ class Gptq(Stage):
                         clip=_joined([view.ranges.get(ref.name) for ref in refs]),
                     )
                 except NumericsError as error:
-                    raise NumericsError(
-                        f"{view.where}, {refs[0].name} ({statistic.tokens} tokens): {error}"
-                    ) from error
+                    raise NumericsError(f"{view.where}, {refs[0].name} ({statistic.tokens} tokens): {error}") from error
                 codes.update(zip((ref.name for ref in refs), _split(result.weight, refs), strict=True))
             metrics += [(ref.name, "damp", self.damp) for ref in group.weights]
         return Outcome(codes=codes, metrics=tuple(metrics))

@@ -51,7 +51,8 @@ def hessian_error(delta: Tensor, hessian: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AwqScale(Stage):
-    """Scale search on every fold of the block, all searched on the untouched weights and then applied, as the authors do.
+    """Scale search on every fold of the block; all are searched on the untouched weights, then applied (as the
+    authors do).
 
     Where the searched module is the linear layer itself (o, down) its output error is tr(Δ H Δᵀ), exact over all
     calibration tokens; where it is attention or an MLP, it is evaluated on `search_tokens` tokens of whole, evenly
@@ -101,18 +102,19 @@ class AwqScale(Stage):
         weights = {ref.name: view.weight(ref).float() for ref in refs}
         salience = _salience(view, groups)
         partner = (
-            weight_salience([weights[ref.name] for ref in refs], [view.format(ref) for ref in refs]) if self.duo else None
+            weight_salience([weights[ref.name] for ref in refs], [view.format(ref) for ref in refs])
+            if self.duo
+            else None
         )
         calls = view.scopes.get(fold.group, ())
+        linear = _is_linear(groups, calls)
+        hessian = view.statistics[fold.group][Hessian].value() if linear else None
         losses, candidates = [], []
         for step in range(self.n_grid):
             free = _tie(awq_scale(salience, step / self.n_grid, partner), fold.channels)
             scale = free[fold.channels]
-            rounded = {
-                ref.name: fake_quantize(weights[ref.name] * scale, view.format(ref)).div_(scale) for ref in refs
-            }
-            if _is_linear(groups, calls):
-                hessian = view.statistics[fold.group][Hessian].value() if step == 0 else hessian
+            rounded = {ref.name: fake_quantize(weights[ref.name] * scale, view.format(ref)).div_(scale) for ref in refs}
+            if linear:
                 loss = sum(hessian_error(rounded[ref.name] - weights[ref.name], hessian) for ref in refs).item()
             else:
                 loss = sum(_scope_error(view.block, call, refs, rounded) for call in calls)
@@ -152,12 +154,10 @@ def _tie(scale: Tensor, channels: Tensor) -> Tensor:
 def _is_linear(groups: list[LinearGroup], calls: tuple[ScopeCall, ...]) -> bool:
     """Whether the searched module is just the linear layer: then its output error needs no forward."""
     owners = {ref.parameter.rpartition(".")[0] for group in groups for ref in group.weights}
-    return not calls or {call.module for call in calls} <= owners and len(owners) == 1
+    return not calls or ({call.module for call in calls} <= owners and len(owners) == 1)
 
 
-def _scope_error(
-    block: nn.Module, call: ScopeCall, refs: list[WeightRef], rounded: Mapping[str, Tensor]
-) -> float:
+def _scope_error(block: nn.Module, call: ScopeCall, refs: list[WeightRef], rounded: Mapping[str, Tensor]) -> float:
     """Mean squared change of a module's output when its weights are replaced; summed over features."""
     replaced = dict(_within(call.module, _parameters(block, refs, rounded)))
     output = torch.func.functional_call(block.get_submodule(call.module), replaced, call.args, dict(call.kwargs))

@@ -50,9 +50,7 @@ def open_engine(url: str, *, create: bool) -> Engine:
     if is_sqlite:
         address = _prepare_file(address, where, create=create)
     try:
-        engine = create_engine(
-            address, json_serializer=partial(json.dumps, ensure_ascii=False, allow_nan=False)
-        )
+        engine = create_engine(address, json_serializer=partial(json.dumps, ensure_ascii=False, allow_nan=False))
     except ImportError as error:
         raise AssetError(f"{where}: {error}; install qbench[postgres]") from error
     try:
@@ -121,9 +119,7 @@ def _prepare_file(address: URL, where: str, *, create: bool) -> URL:
         if not create and not path.is_file():
             raise AssetError(f"{where}: no such database; running a sweep creates it")
     except OSError as error:
-        raise AssetError(
-            f"{where}: {error.strerror}: {error.filename}; name a place you can write to"
-        ) from error
+        raise AssetError(f"{where}: {error.strerror}: {error.filename}; name a place you can write to") from error
     return address.set(database=str(path))
 
 
@@ -168,9 +164,7 @@ def _use_wal(engine: Engine, where: str) -> None:
             return
         mode = _insist(lambda: connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar())
     if mode != "wal":
-        raise AssetError(
-            f"{where}: no write-ahead log on this file system ({mode}); use a local disk or PostgreSQL"
-        )
+        raise AssetError(f"{where}: no write-ahead log on this file system ({mode}); use a local disk or PostgreSQL")
 
 
 def _bring_up_to_date(engine: Engine, where: str) -> None:
@@ -204,9 +198,7 @@ def _migrate(connection: Connection, where: str) -> None:
     from qbench.store import migrations
 
     if version is not None and version not in migrations.revisions():
-        raise AssetError(
-            f"{where}: schema {version} is newer than this qbench, which knows {REVISION}; update it"
-        )
+        raise AssetError(f"{where}: schema {version} is newer than this qbench, which knows {REVISION}; update it")
     migrations.upgrade(connection, REVISION)
 
 

@@ -76,9 +76,7 @@ class Database:
         with self.read() as connection:
             for start in range(0, len(wanted), _KEYS_PER_QUERY):
                 some = wanted[start : start + _KEYS_PER_QUERY]
-                query = select(schema.run).where(
-                    schema.run.c.key.in_(some), schema.run.c.superseded_by.is_(None)
-                )
+                query = select(schema.run).where(schema.run.c.key.in_(some), schema.run.c.superseded_by.is_(None))
                 for row in connection.execute(query).mappings():
                     found[row["key"]] = RunRow(**row)
         return found
@@ -128,46 +126,36 @@ class Database:
         Raises AssetError if the claim was taken over meanwhile (nothing is stored), EvaluationError if two of
         the measurements have the same spec key and name.
         """
-        _refuse_duplicates(measurements)
+        _refuse_repeated(measurements)
         with self.write() as connection:
-            if not _update_claimed(
-                connection, claim, status="done", finished=_now(), **_values(outcome, Outcome)
-            ):
+            if not _update_claimed(connection, claim, status="done", finished=_now(), **_values(outcome, Outcome)):
                 run = f"run {claim.run_id} (key {claim.key[:12]})"
                 raise AssetError(f"{run}: another process took its claim over; this result is not stored")
             _insert_measurements(connection, claim.run_id, measurements)
             _insert_all(connection, schema.layer_metric, claim.run_id, layer_metrics, LayerMetric)
             _insert_all(connection, schema.artifact, claim.run_id, artifacts, Artifact)
 
-    def append(
-        self, run_id: int, measurements: Sequence[Measurement], artifacts: Iterable[Artifact] = ()
-    ) -> int:
+    def append(self, run_id: int, measurements: Sequence[Measurement], artifacts: Iterable[Artifact] = ()) -> int:
         """Add measurements (and artifacts) to a run that is done; how many measurements were added.
 
         What the run already has (same spec key and name) stays as it is: two processes that measure the same
         run do double work but no harm. Raises AssetError unless the run is done, EvaluationError as `finish`
         does.
         """
-        _refuse_duplicates(measurements)
+        _refuse_repeated(measurements)
         with self.write() as connection:
             # Locking the row makes simultaneous appends to one run take turns on PostgreSQL too.
             status = select(schema.run.c.status).where(schema.run.c.id == run_id).with_for_update()
             if (found := connection.execute(status).scalar()) != "done":
-                raise AssetError(
-                    f"run {run_id} is {found or 'not in the database'}: only a done run can be measured"
-                )
-            held = select(schema.metric.c.spec_key, schema.metric.c.name).where(
-                schema.metric.c.run_id == run_id
-            )
+                raise AssetError(f"run {run_id} is {found or 'not in the database'}: only a done run can be measured")
+            held = select(schema.metric.c.spec_key, schema.metric.c.name).where(schema.metric.c.run_id == run_id)
             present = {tuple(row) for row in connection.execute(held)}
             missing = [each for each in measurements if (each.spec_key, each.name) not in present]
             _insert_measurements(connection, run_id, missing)
             _insert_all(connection, schema.artifact, run_id, artifacts, Artifact)
             return len(missing)
 
-    def fail(
-        self, claim: Claim, error_type: str, message: str, trace: str, outcome: Outcome | None = None
-    ) -> bool:
+    def fail(self, claim: Claim, error_type: str, message: str, trace: str, outcome: Outcome | None = None) -> bool:
         """Set a claimed run failed, with its error and as much of the outcome as there is.
 
         False if the claim was taken over meanwhile: it is the new owner's to report on.
@@ -213,9 +201,7 @@ class Heartbeat:
             try:
                 held = self._database.heartbeat(self._claim)
             except DBAPIError as error:
-                logging.getLogger(__name__).warning(
-                    "run %d: no heartbeat: %s", self._claim.run_id, first_line(error)
-                )
+                logging.getLogger(__name__).warning("run %d: no heartbeat: %s", self._claim.run_id, first_line(error))
                 continue
             if not held:
                 self.lost = True
@@ -225,9 +211,7 @@ class Heartbeat:
 def _claim(connection: Connection, columns: RunColumns, key: str, environment: Environment) -> Claim | None:
     run = schema.run
     query = select(run.c.id, run.c.status, run.c.owner, run.c.heartbeat)
-    live = connection.execute(
-        query.where(run.c.key == key, run.c.superseded_by.is_(None)).with_for_update()
-    ).first()
+    live = connection.execute(query.where(run.c.key == key, run.c.superseded_by.is_(None)).with_for_update()).first()
     if live is not None and (
         live.status == "done" or (live.status == "running" and is_alive(live.owner, live.heartbeat))
     ):
@@ -244,9 +228,7 @@ def _claim(connection: Connection, columns: RunColumns, key: str, environment: E
         still_the_same = (run.c.id == live.id, run.c.status == "running", run.c.owner == live.owner)
         taken = connection.execute(update(run).where(*still_the_same).values(values))
         return Claim(run_id=live.id, key=key, owner=values["owner"]) if taken.rowcount == 1 else None
-    if (
-        live is not None
-    ):  # failed: out of the unique index first (superseded by itself), then by its successor
+    if live is not None:  # failed: out of the unique index first (superseded by itself), then by its successor
         connection.execute(update(run).where(run.c.id == live.id).values(superseded_by=live.id))
     run_id = connection.execute(insert(run).values(values)).inserted_primary_key[0]
     if live is not None:
@@ -271,7 +253,7 @@ def _update_claimed(connection: Connection, claim: Claim, **values: Any) -> bool
     return connection.execute(update(run).where(*held).values(values)).rowcount == 1
 
 
-def _refuse_duplicates(measurements: Sequence[Measurement]) -> None:
+def _refuse_repeated(measurements: Sequence[Measurement]) -> None:
     seen: set[tuple[str, str]] = set()
     for each in measurements:
         if (each.spec_key, each.name) in seen:
@@ -292,9 +274,7 @@ def _insert_measurements(connection: Connection, run_id: int, measurements: Iter
             connection.execute(insert(schema.sample).values(stored))
 
 
-def _insert_all(
-    connection: Connection, table: schema.Table, run_id: int, rows: Iterable[object], kind: type
-) -> None:
+def _insert_all(connection: Connection, table: schema.Table, run_id: int, rows: Iterable[object], kind: type) -> None:
     values = [_values(row, kind) | {"run_id": run_id} for row in rows]
     if values:
         connection.execute(insert(table), values)

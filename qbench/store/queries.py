@@ -26,9 +26,7 @@ def runs(
     """The runs that match all given values, oldest first; superseded ones only on request."""
     run = schema.run
     conditions = [
-        run.c[name] == value
-        for name, value in (("algo", algo), ("model", model), ("status", status))
-        if value
+        run.c[name] == value for name, value in (("algo", algo), ("model", model), ("status", status)) if value
     ]
     if not superseded:
         conditions.append(run.c.superseded_by.is_(None))
@@ -49,17 +47,13 @@ def run_named(database: Database, reference: str) -> RunRow:
             row = connection.execute(select(run).where(run.c.id == int(reference))).mappings().first()
             if row is not None:
                 return RunRow(**row)
-        query = select(run).where(
-            run.c.key.startswith(reference, autoescape=True), run.c.superseded_by.is_(None)
-        )
+        query = select(run).where(run.c.key.startswith(reference, autoescape=True), run.c.superseded_by.is_(None))
         rows = connection.execute(query.order_by(run.c.id).limit(4)).mappings().all() if reference else []
     if len(rows) == 1:
         return RunRow(**rows[0])
     if rows:
         some = ", ".join(row["key"][:16] for row in rows[:3])
-        raise SpecError(
-            "run", reference, f"several keys start so ({some}, …); give more of the key, or the id"
-        )
+        raise SpecError("run", reference, f"several keys start so ({some}, …); give more of the key, or the id")
     raise SpecError("run", reference, "no run has this id or a key that starts so; see qbench ls")
 
 
@@ -124,9 +118,7 @@ def frame(database: Database, **equals: str | int | float | bool) -> "pd.DataFra
     everything = everything.astype(types)
     for column, value in equals.items():
         if column not in everything:
-            raise SpecError(
-                column, value, f"no such column; the view results has {', '.join(everything.columns)}"
-            )
+            raise SpecError(column, value, f"no such column; the view results has {', '.join(everything.columns)}")
         everything = everything[everything[column] == value]
     return everything.reset_index(drop=True)
 

@@ -61,14 +61,10 @@ class Measurement:
                 raise EvaluationError(f"stderr of {where} is {self.stderr}: it must not be negative")
         if self.samples is not None:
             if self.samples.shape != (self.n,):
-                raise EvaluationError(
-                    f"{where}: samples have shape {self.samples.shape}, expected ({self.n},)"
-                )
+                raise EvaluationError(f"{where}: samples have shape {self.samples.shape}, expected ({self.n},)")
             bad = np.flatnonzero(~np.isfinite(self.samples))
             if bad.size:
-                raise EvaluationError(
-                    f"{where}: sample {bad[0]} is {self.samples[bad[0]]}, not a finite number"
-                )
+                raise EvaluationError(f"{where}: sample {bad[0]} is {self.samples[bad[0]]}, not a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

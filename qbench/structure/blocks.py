@@ -107,9 +107,7 @@ def finish(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> Tensor:
     with _bypass(blocks, enter):
         logits = model(input_ids=input_ids, use_cache=False).logits
     if len(entered) != len(blocks):
-        raise StructureError(
-            f"{type(model).__name__}: its forward called {len(entered)} of {len(blocks)} blocks"
-        )
+        raise StructureError(f"{type(model).__name__}: its forward called {len(entered)} of {len(blocks)} blocks")
     return logits
 
 
@@ -168,9 +166,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: str | 
     return args[0] if keyword is None else kwargs[keyword]
 
 
-def _capture(
-    model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor
-) -> tuple[Tensor, tuple[BlockCall, ...]]:
+def _capture(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> tuple[Tensor, tuple[BlockCall, ...]]:
     calls: list[BlockCall] = []
     entering: list[Tensor] = []
 

@@ -67,11 +67,7 @@ class LinearReplacement(TorchFunctionMode):
 def float64_values(block: nn.Module, linear: set[str]) -> dict[str, Tensor]:
     """Float64 values, by path, of floating-point buffers and parameters except those of linear weights."""
     named = [*block.named_parameters(), *block.named_buffers()]
-    return {
-        name: value.detach().double()
-        for name, value in named
-        if value.is_floating_point() and name not in linear
-    }
+    return {name: value.detach().double() for name, value in named if value.is_floating_point() and name not in linear}
 
 
 def call_with(block: nn.Module, call: BlockCall, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:

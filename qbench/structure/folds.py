@@ -63,9 +63,7 @@ class Fold:
         are. Raises NumericsError for a scale of another shape or not finite and positive.
         """
         if scale.shape != (self.n_free,) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise NumericsError(
-                f"fold of group {self.group}: scales must be {self.n_free} finite numbers > 0"
-            )
+            raise NumericsError(f"fold of group {self.group}: scales must be {self.n_free} finite numbers > 0")
         changed: dict[str, Tensor] = {}
         for part in self.producer:
             if part.weight is None:
@@ -98,9 +96,7 @@ class Fold:
         return value
 
 
-def find_folds(
-    block: nn.Module, call: BlockCall, hidden: Tensor, structure: BlockStructure
-) -> tuple[Fold, ...]:
+def find_folds(block: nn.Module, call: BlockCall, hidden: Tensor, structure: BlockStructure) -> tuple[Fold, ...]:
     """The folds of a block, at most one per group, sorted by group; every one proved.
 
     Two proofs. On the skeleton of the block, where noise stands for the linear weights, a producer that is
@@ -141,9 +137,7 @@ def _preserves_output(
             value = fold.vector(parameter, value, scale)
         return value
 
-    before = run_exactly(
-        block, call, hidden, structure, matrix=lambda _, weight: weight, vector=lambda _, value: value
-    )
+    before = run_exactly(block, call, hidden, structure, matrix=lambda _, weight: weight, vector=lambda _, value: value)
     after = run_exactly(block, call, hidden, structure, matrix=matrix, vector=vector)
     return bool((after - before).abs().max() <= _TOLERANCE * before.abs().max())
 
@@ -161,16 +155,13 @@ def _norm_folds(block: nn.Module, skeleton: Skeleton, structure: BlockStructure)
         for one_plus in (None, *names):
             offsets = {name: float(name == one_plus) for name in names}
             vectors = {
-                name: (skeleton.vectors[name] + offset) * distinct_factors(n).to(skeleton.vectors[name])
-                - offset
+                name: (skeleton.vectors[name] + offset) * distinct_factors(n).to(skeleton.vectors[name]) - offset
                 for name, offset in offsets.items()
             }
             readers = find_readers(skeleton, n, vectors=vectors)
             if readers:
                 used, channels = _free_scales(readers)
-                producer = tuple(
-                    Divided(parameter=name, rows=used, offset=offset) for name, offset in offsets.items()
-                )
+                producer = tuple(Divided(parameter=name, rows=used, offset=offset) for name, offset in offsets.items())
                 yield from _as_fold(structure, readers, producer, channels, "norm")
                 break
 
@@ -192,9 +183,7 @@ def _linear_folds(skeleton: Skeleton, structure: BlockStructure) -> Iterator[Fol
                 for ref in refs
                 if ref.bias is not None
             }
-            readers = find_readers(
-                skeleton, len(rows), rows={_key(ref): factor for ref in refs}, vectors=vectors
-            )
+            readers = find_readers(skeleton, len(rows), rows={_key(ref): factor for ref in refs}, vectors=vectors)
             if readers:
                 yield from _per_expert(structure, refs, rows, readers)
                 break
@@ -231,11 +220,7 @@ def _per_expert(
 ) -> Iterator[Fold]:
     """The fold of one weight, or one for each expert of a parameter that feeds weights of the same expert."""
     for ref in refs:
-        own = (
-            readers
-            if ref.index is None
-            else {key: value for key, value in readers.items() if key[1] == ref.index}
-        )
+        own = readers if ref.index is None else {key: value for key, value in readers.items() if key[1] == ref.index}
         if not own:
             continue
         used, channels = _free_scales(own)
@@ -253,14 +238,12 @@ def _as_fold(
     channels: Tensor,
     kind: Literal["norm", "linear"],
 ) -> Iterator[Fold]:
-    """The fold, unless its readers disagree about the channels or do not include a whole group."""
+    """The fold, unless its readers disagree about the channels or are no group's (a router alone)."""
     groups = [group for group in structure.groups if any(_key(ref) in readers for ref in group.weights)]
     weights = [ref for group in groups for ref in group.weights]
     routers = [ref for ref in structure.routers if _key(ref) in readers]
     first = next(iter(readers.values()))
-    if not groups or {_key(ref) for ref in (*weights, *routers)} != set(readers):
-        return
-    if any(not torch.equal(positions, first) for positions in readers.values()):
+    if not groups or any(not torch.equal(positions, first) for positions in readers.values()):
         return
     yield Fold(
         group=groups[0].index,

@@ -88,9 +88,7 @@ class LinearOperations:
     def _store(self, stored: _Stored) -> None:
         self._stored.setdefault(stored.value.data_ptr(), []).append(stored)
 
-    def uses(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> list[LinearUse]:
+    def uses(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[LinearUse]:
         """The block's weights that the call `func(*args, **kwargs)` reads as linear weights: mostly none.
 
         A batched product with a whole `[experts, ...]` parameter reads one weight per expert, in order.
@@ -108,9 +106,7 @@ class LinearOperations:
         bias_name = None if bias is None else self._biases.get(bias.data_ptr())
         if stored.value.ndim == 2:
             return [
-                LinearUse(
-                    parameter=stored.parameter, index=stored.index, transposed=transposed, x=x, bias=bias_name
-                )
+                LinearUse(parameter=stored.parameter, index=stored.index, transposed=transposed, x=x, bias=bias_name)
             ]
         return [
             LinearUse(

@@ -40,7 +40,7 @@ class Recorder(TorchFunctionMode):
         self._operations = LinearOperations(block)
         self._scores: list[Tensor] = []
         self._calls: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
-        # Addresses identify tensors only while none of them is freed and its memory given to another.
+        # Addresses identify tensors only while none is freed and its memory reused; reads keep their inputs.
         self._alive: list[Tensor] = []
 
     def run(self, block: nn.Module, call: BlockCall, hidden: Tensor) -> None:
@@ -78,7 +78,6 @@ class Recorder(TorchFunctionMode):
         keys = [tensor_key(use.x) for use in uses]
         result = func(*args, **kwargs)
         for position, (use, key) in enumerate(zip(uses, keys, strict=True)):
-            self._alive.append(use.x)
             output = result[position] if use.batched else result
             self.reads.append(Read(use, key, output))
         return result
@@ -107,9 +106,7 @@ class Recorder(TorchFunctionMode):
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [
-                value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim
-            ]
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             self._alive += tensors
             self._calls.append((path, tuple(tensor_key(tensor) for tensor in tensors)))
 

@@ -45,6 +45,7 @@ class Skeleton:
         self._routers = {(ref.parameter, ref.index) for ref in structure.routers}
         weights = [ref for group in structure.groups for ref in group.weights] + list(structure.routers)
         self._refs = {(ref.parameter, ref.index): ref for ref in weights}
+        # Seeds of each draw's noise; 0 is the hidden states'.
         self._ordinals = {key: ordinal for ordinal, key in enumerate(self._refs, start=1)}
         self._operations = LinearOperations(block)
         self._fixed = float64_values(block, {ref.parameter for ref in weights})

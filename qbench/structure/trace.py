@@ -65,12 +65,8 @@ def trace_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> BlockStruc
     inputs: dict[tuple[str, int | None], tuple[int, ...]] = {}
     for read in recorder.reads:
         if inputs.setdefault((read.use.parameter, read.use.index), read.input) != read.input:
-            raise StructureError(
-                f"{read.use.parameter}: is read with two different inputs in one forward of its block"
-            )
-    experts = {
-        parameter: block.get_parameter(parameter).shape[0] for parameter, index in inputs if index is not None
-    }
+            raise StructureError(f"{read.use.parameter}: is read with two different inputs in one forward of its block")
+    experts = {parameter: block.get_parameter(parameter).shape[0] for parameter, index in inputs if index is not None}
     by_input: dict[tuple[int, ...], dict[str, WeightRef]] = {}
     routers: dict[str, WeightRef] = {}
     for read in recorder.reads:
@@ -92,9 +88,7 @@ def trace_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> BlockStruc
         )
     groups = _complete_experts(groups, experts)
     read_parameters = {parameter for parameter, _ in inputs}
-    return BlockStructure(
-        groups=tuple(groups), routers=tuple(routers.values()), unread=_unread(block, read_parameters)
-    )
+    return BlockStructure(groups=tuple(groups), routers=tuple(routers.values()), unread=_unread(block, read_parameters))
 
 
 class LinearTap(TorchFunctionMode):
@@ -111,9 +105,7 @@ class LinearTap(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._operations = LinearOperations(block)
-        self._groups = {
-            (ref.parameter, ref.index): group for group in structure.groups for ref in group.weights
-        }
+        self._groups = {(ref.parameter, ref.index): group for group in structure.groups for ref in group.weights}
         self._on_input = on_input
         self._fired: set[int] = set()
 
@@ -213,9 +205,7 @@ def _complete_experts(groups: list[LinearGroup], experts: Mapping[str, int]) -> 
     return [replace(group, index=position) for position, group in enumerate(ordered)]
 
 
-def _of_expert(
-    group: LinearGroup, index: int, traced: Mapping[tuple[str, int | None], LinearGroup]
-) -> LinearGroup:
+def _of_expert(group: LinearGroup, index: int, traced: Mapping[tuple[str, int | None], LinearGroup]) -> LinearGroup:
     """The group of expert `index` that corresponds to `group`; it must agree with its own trace."""
     weights = tuple(replace(ref, index=index, name=f"{ref.parameter}[{index}]") for ref in group.weights)
     rows = {new.name: group.query_key_rows[old.name] for old, new in zip(group.weights, weights, strict=True)}

@@ -17,9 +17,7 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def measured(
-    nlls: np.ndarray, task: str = "c4-sample", protocol: str = "window-512", **changes
-) -> Measurement:
+def measured(nlls: np.ndarray, task: str = "c4-sample", protocol: str = "window-512", **changes) -> Measurement:
     """A perplexity of per-window losses, in the form in which an evaluator stores it."""
     value = float(np.exp(nlls.mean()))
     stderr = value * float(nlls.std(ddof=1)) / len(nlls) ** 0.5 if len(nlls) > 1 else None

@@ -61,9 +61,7 @@ def test_options_are_named_where_columns_do_not_tell_points_apart(database, stor
 
 
 def test_labels_are_distinct_whatever_the_points(database, store):
-    choices = itertools.product(
-        ("rtn", "gptq"), (3, 4), (64, -1), (True, False), ({"x": 1}, {"x": 2}, {"y": [1]})
-    )
+    choices = itertools.product(("rtn", "gptq"), (3, 4), (64, -1), (True, False), ({"x": 1}, {"x": 2}, {"y": [1]}))
     points = [
         (algo, bits, {"group_size": group, "symmetric": symmetric}, spec)
         for algo, bits, group, symmetric, spec in choices

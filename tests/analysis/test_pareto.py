@@ -101,9 +101,7 @@ def test_the_axis_is_logarithmic_where_a_linear_one_hides_differences(database, 
     assert all("e" not in label.get_text() for label in axes.get_yticklabels())
 
 
-@pytest.mark.parametrize(
-    "points", [USUAL[:1], USUAL, [("awq", b + 0.3, 20 + 1e6 / 9**b) for b in range(2, 9)]]
-)
+@pytest.mark.parametrize("points", [USUAL[:1], USUAL, [("awq", b + 0.3, 20 + 1e6 / 9**b) for b in range(2, 9)]])
 def test_every_point_with_its_error_bar_lies_within_the_axes(database, store, points):
     _, axes = drawn(database, sweep(store, points))
     frame = axes.get_window_extent()

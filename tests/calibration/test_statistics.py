@@ -13,7 +13,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def _inputs(tokens=60, features=7, seed=0):
-    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-2, 2, features)
+    x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+    return x * torch.logspace(-2, 2, features)
 
 
 def _statistic(kind, *batches):
@@ -82,9 +83,9 @@ def test_no_tokens_have_the_statistic_zero(kind):
     assert not _statistic(kind, _inputs()[:0]).value().any()
 
 
-def test_the_second_moment_is_symmetric_and_keeps_the_input():
+@every_kind
+def test_inputs_are_left_alone(kind):
     x = _inputs()
     before = x.clone()
-    value = _statistic(Hessian, x).value()
-    assert torch.equal(value, value.t())
+    _statistic(kind, x)
     assert torch.equal(x, before)

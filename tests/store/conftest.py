@@ -29,7 +29,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
     def start_worker(*arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "tests.store.workers", *map(str, arguments)]
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        started.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
 
     yield start_worker

@@ -19,9 +19,7 @@ from qbench.store.database import Database
 def objects(path: Path) -> dict[str, str]:
     """The SQL text of every table and index of an SQLite file, white space and quotes normalized."""
     with sqlite3.connect(path) as plain:
-        rows = plain.execute(
-            "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'view'"
-        ).fetchall()
+        rows = plain.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'view'").fetchall()
     plain.close()
     return {name: re.sub(r'[\s"]+', "", sql) for name, sql in rows if name != "alembic_version"}
 
@@ -101,9 +99,7 @@ def refusal(url: str, **options) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    "url", ["results.db", "", "mysql://host/x", "sqlite+aiosqlite:///x.db", "nonsense:///x"]
-)
+@pytest.mark.parametrize("url", ["results.db", "", "mysql://host/x", "sqlite+aiosqlite:///x.db", "nonsense:///x"])
 def test_an_address_that_is_none_is_refused_with_what_is_accepted(url):
     assert "accepted: sqlite:///<file>" in refusal(url)
 
@@ -161,8 +157,7 @@ def test_a_database_that_cannot_be_written_to_is_refused_before_any_work(url):
     Database(url).close()
     with sqlite3.connect(url.removeprefix("sqlite:///")) as plain:  # root may write to read-only files
         plain.execute(
-            "CREATE TRIGGER guard BEFORE UPDATE ON alembic_version"
-            " BEGIN SELECT RAISE(ABORT, 'read-only'); END"
+            "CREATE TRIGGER guard BEFORE UPDATE ON alembic_version BEGIN SELECT RAISE(ABORT, 'read-only'); END"
         )
     plain.close()
     assert "read-only" in refusal(url)
@@ -186,9 +181,7 @@ def test_a_relative_address_means_the_folder_at_opening(tmp_path, monkeypatch):
 
 
 def test_a_password_is_not_repeated(monkeypatch):
-    monkeypatch.setattr(
-        connect, "create_engine", lambda *_, **__: (_ for _ in ()).throw(ImportError("no psycopg"))
-    )
+    monkeypatch.setattr(connect, "create_engine", lambda *_, **__: (_ for _ in ()).throw(ImportError("no psycopg")))
     message = refusal("postgresql://me:secret@host/x")
     assert "secret" not in message
     assert "qbench[postgres]" in message

@@ -235,8 +235,6 @@ def test_the_results_view_shows_runs_that_are_done_and_count(database, url):
     rewrite(database, database.find([key_of("old")])[key_of("old")].id, superseded_by=1)
     rewrite(database, database.find([key_of("withdrawn")])[key_of("withdrawn")].id, status="failed")
     with sqlite3.connect(url.removeprefix("sqlite:///")) as plain:
-        rows = plain.execute(
-            "SELECT algo, bits, task, metric, value, bits_per_weight FROM results"
-        ).fetchall()
+        rows = plain.execute("SELECT algo, bits, task, metric, value, bits_per_weight FROM results").fetchall()
     plain.close()
     assert rows == [("rtn", 4, "c4-sample", "ppl", 20.0, 4.5)]

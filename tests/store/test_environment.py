@@ -10,9 +10,7 @@ GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
 
 
 def git(folder, *arguments):
-    return subprocess.run(
-        [*GIT, "-C", folder, *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run([*GIT, "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_a_checkout_is_known_by_commit_and_dirtiness(tmp_path):
@@ -44,9 +42,7 @@ def test_versions_are_those_of_the_installed_packages_without_importing_them():
         "import json, sys; from dataclasses import asdict; from qbench.store.environment import detect;"
         "print(json.dumps([asdict(detect()), 'torch' in sys.modules]))"
     )
-    facts, imported_torch = json.loads(
-        subprocess.run([sys.executable, "-c", script], capture_output=True).stdout
-    )
+    facts, imported_torch = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True).stdout)
     assert not imported_torch
     assert facts["versions"]["torch"] == metadata.version("torch")
     assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))

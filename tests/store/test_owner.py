@@ -22,15 +22,11 @@ def test_owners_differ_and_have_the_documented_form():
 
 def test_on_this_host_a_claim_lives_as_long_as_its_process():
     script = "from qbench.store.owner import new_owner; print(new_owner(), flush=True); input()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     text = process.stdout.readline().strip()
     assert owner.is_alive(text, heartbeat=LONG_AGO)
     host, pid, _, unique = text.rsplit(":", 3)
-    assert not owner.is_alive(f"{host}:{pid}:another-start:{unique}", heartbeat=1e12), (
-        "a later process with this pid"
-    )
+    assert not owner.is_alive(f"{host}:{pid}:another-start:{unique}", heartbeat=1e12), "a later process with this pid"
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
     assert not owner.is_alive(text, heartbeat=1e12)
@@ -38,9 +34,7 @@ def test_on_this_host_a_claim_lives_as_long_as_its_process():
     assert not owner.is_alive(text, heartbeat=1e12)
 
 
-@pytest.mark.parametrize(
-    "stranger", ["otherhost:1:start:uuid", f"x{owner.new_owner()}", "written by hand", ""]
-)
+@pytest.mark.parametrize("stranger", ["otherhost:1:start:uuid", f"x{owner.new_owner()}", "written by hand", ""])
 def test_elsewhere_only_the_heartbeat_counts(stranger):
     assert owner.is_alive(stranger, heartbeat=1000.0, now=1000.0 + owner.STALE_AFTER_S)
     assert not owner.is_alive(stranger, heartbeat=1000.0, now=1001.0 + owner.STALE_AFTER_S)

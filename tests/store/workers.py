@@ -59,12 +59,13 @@ def hold(url: str, name: str) -> None:
             time.sleep(60)
 
 
-def claim(url: str, name: str, at: str) -> None:
-    """Try to claim a key at a set time (epoch seconds), and leave it unfinished."""
+def claim(url: str, name: str) -> None:
+    """Try to claim a key when a line comes in, and stay alive with what came of it."""
     with Database(url) as database:
-        time.sleep(max(0.0, float(at) - time.time()))
+        print("ready", flush=True)
+        input()
         print("held" if database.begin(columns(name), key_of(name)) else "refused", flush=True)
-        time.sleep(2)  # a dead owner's claim may rightly be taken over
+        input()
 
 
 if __name__ == "__main__":

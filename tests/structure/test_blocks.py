@@ -10,7 +10,7 @@ from qbench.errors import StructureError
 from qbench.structure.blocks import BlockCall, capture_calls, find_blocks, finish
 from tests.architectures import ARCHITECTURES, tiny_model, tokens
 
-# Models whose blocks return a tensor and models whose blocks return a tuple, also with nothing after the only block.
+# Models whose blocks return a tensor and models whose blocks return a tuple.
 SINGLE = {"llama": "num_hidden_layers", "bloom": "n_layer", "falcon": "num_hidden_layers"}
 
 
@@ -81,7 +81,8 @@ def test_the_hidden_states_may_be_the_head_s_only_input():
 
 def test_a_call_moves_its_floating_tensors_only():
     call = BlockCall(
-        args=(torch.ones(1),), kwargs={"rope": (torch.ones(2), None), "ids": torch.ones(1, dtype=torch.long), "n": 3}
+        args=(torch.ones(1),),
+        kwargs={"rope": (torch.ones(2), None), "ids": torch.ones(1, dtype=torch.long), "n": 3},
     )
     moved = call.to(dtype=torch.float64)
     assert moved.args[0].dtype == moved.kwargs["rope"][0].dtype == torch.float64

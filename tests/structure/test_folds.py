@@ -10,7 +10,7 @@ from torch import nn
 
 from qbench.errors import NumericsError
 from qbench.structure.blocks import BlockCall, capture_calls, find_blocks
-from qbench.structure.folds import find_folds
+from qbench.structure.folds import _preserves_output, find_folds
 from qbench.structure.trace import trace_block
 from tests.architectures import ARCHITECTURES, HIDDEN, tiny_model, tokens
 
@@ -38,7 +38,7 @@ def _scale(fold, seed=0):
 
 @torch.no_grad()
 def _error(block, call, hidden, changed):
-    """Greatest change of the output in float64, relative to the greatest output, when parameters are replaced."""
+    """Greatest change of the float64 output, relative to the greatest output, when parameters change."""
     copied = copy.deepcopy(block).double()
     call, hidden = call.to(dtype=torch.float64), hidden.double()
     before = call(copied, hidden)
@@ -55,7 +55,9 @@ def _parameters(block):
 _GATED = [("norm", 0, False), ("linear", 1, True), ("norm", 2, False), ("linear", 3, False)]
 _PLAIN = [("norm", 0, False), ("linear", 1, False), ("norm", 2, False)]
 EXPECTED = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm"), _GATED),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm"), _GATED
+    ),
     **dict.fromkeys(("gpt2", "gpt_neox", "bloom"), _PLAIN),
     "phi": _PLAIN[:2],
     "opt": [*_PLAIN, ("linear", 3, False)],
@@ -74,7 +76,7 @@ def test_exactly_the_known_folds_are_found(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_folds_leave_the_function_of_an_independent_copy_alone(name):
-    block, call, hidden, structure, folds = _folded(name)
+    block, call, hidden, _, folds = _folded(name)
     parameters = _parameters(block)
     both = dict(parameters)
     for fold in folds:
@@ -168,8 +170,11 @@ def test_norms_that_store_w_minus_1_are_told_from_those_that_store_w():
         ("opt", {"do_layer_norm_before": False}, [("linear", 1, False), ("linear", 3, False)]),
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, _GATED[:3]),
         ("falcon", {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}, _PLAIN),
-        ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True},
-         [("norm", 0, False), ("linear", 1, True), ("linear", 2, False)]),
+        (
+            "stablelm",
+            {"use_parallel_residual": True, "qk_layernorm": True},
+            [("norm", 0, False), ("linear", 1, True), ("linear", 2, False)],
+        ),
         ("llama", {"attn_implementation": "eager"}, _GATED),
     ],
 )
@@ -198,8 +203,22 @@ def test_the_block_and_its_parameters_are_left_alone():
         fold.apply(parameters, _scale(fold))
     after = block.state_dict()
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[path], before[path]) and after[path].dtype == before[path].dtype for path in after)
+    assert all(
+        torch.equal(after[path], before[path]) and after[path].dtype == before[path].dtype for path in after
+    )
     assert all(value is parameters[path] for path, value in block.named_parameters())
+
+
+def test_the_final_proof_refuses_a_fold_that_is_slightly_wrong():
+    block, call, hidden, structure, folds = _folded("mixtral")
+    assert _preserves_output(block, call, hidden, structure, list(folds))
+    for fold in folds[:4]:
+        assert _preserves_output(block, call, hidden, structure, [fold])
+        swapped = fold.channels.clone()
+        swapped[:2] = swapped[:2].flip(0)
+        fewer = replace(fold, consumers=fold.consumers[1:])
+        for wrong in (replace(fold, channels=swapped), replace(fold, producer=()), fewer):
+            assert not _preserves_output(block, call, hidden, structure, [*folds[5:], wrong])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,8 +230,16 @@ def test_results_keep_the_dtype_of_the_parameters(dtype):
         assert {value.dtype for value in changed.values()} == {dtype}
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3), torch.zeros(HIDDEN), -torch.ones(HIDDEN),
-                                 torch.full((HIDDEN,), torch.nan), torch.full((HIDDEN,), torch.inf)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.ones(3),
+        torch.zeros(HIDDEN),
+        -torch.ones(HIDDEN),
+        torch.full((HIDDEN,), torch.nan),
+        torch.full((HIDDEN,), torch.inf),
+    ],
+)
 def test_scales_that_are_no_scales_are_refused(bad):
     block, *_, folds = _folded("llama")
     with pytest.raises(NumericsError, match=f"fold of group 0: scales must be {HIDDEN} finite numbers > 0"):
@@ -238,9 +265,9 @@ class _Mlp(nn.Module):
         return output if self.leak is None else output + self.leak(up)
 
 
-def _toy_folds(between, leak=None):
+def _toy_folds(between, leak=None, shape=(2, 8, 8)):
     block = _Mlp(between, leak)
-    hidden = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return find_folds(block, CALL, hidden, trace_block(block, CALL, hidden))
 
 
@@ -263,6 +290,7 @@ NOT_LINEAR = {
     "mixing channels": lambda x: x.cumsum(dim=-1),
     "normalization": lambda x: F.rms_norm(x, (8,)),
     "softmax": lambda x: x.softmax(dim=-1),
+    "a permutation that depends on the size": lambda x: x.flip(-1) if x.abs().max() > 100 else x,
     "partly constant": lambda x: torch.cat((x[..., :4], torch.ones_like(x[..., :4])), dim=-1),
 }
 
@@ -279,6 +307,52 @@ def test_other_paths_are_refused(path):
 
 def test_a_producer_that_also_reaches_the_output_is_refused():
     assert _toy_folds(F.relu, leak=lambda up: 1e-3 * up) == ()
+
+
+def test_a_leak_too_small_for_the_tolerance_is_refused_all_the_same():
+    assert _toy_folds(F.relu, leak=lambda up: 1e-7 * up) == ()
+
+
+def test_one_token_is_enough_where_noise_of_one_sign_leaves_channels_dead():
+    assert [(fold.kind, fold.group) for fold in _toy_folds(F.relu, shape=(1, 1, 8))] == [("linear", 1)]
+
+
+class _Two(nn.Module):
+    """Two weights side by side on both ends."""
+
+    def __init__(self, between):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.c, self.d = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.between = between
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, hidden):
+        left, right = self.between(self.a(hidden), self.b(hidden))
+        return hidden + self.c(left) * self.d(right)
+
+
+def _two_folds(between):
+    block = _Two(between)
+    hidden = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1))
+    return find_folds(block, CALL, hidden, trace_block(block, CALL, hidden))
+
+
+def test_of_two_producers_the_last_one_is_chosen():
+    def product(a, b):
+        return (x := a * b), x
+
+    (fold,) = _two_folds(product)
+    assert [part.parameter for part in fold.producer] == ["b.weight"]
+    assert [ref.name for ref in fold.consumers] == ["c.weight", "d.weight"]
+
+
+def test_readers_that_disagree_about_the_channels_are_refused():
+    assert [fold.extra_groups for fold in _two_folds(lambda a, b: (b + 0, b + 0))] == [(2,)]
+    assert _two_folds(lambda a, b: (b + 0, b.flip(-1))) == ()
 
 
 def test_channels_of_a_permutation_and_of_a_repetition():

@@ -76,7 +76,9 @@ def test_tap_fires_once_per_group_in_order_with_the_input_of_the_layers(name):
     order = [group.index for group, _ in seen]
     assert order == sorted(set(order))
     assert tap.fired == set(order)
-    assert all(group.weights[0].index is not None for group in structure.groups if group.index not in tap.fired)
+    assert all(
+        group.weights[0].index is not None for group in structure.groups if group.index not in tap.fired
+    )
     for group, x in seen:
         assert x.shape[-1] == group.in_features
         for ref in group.weights:
@@ -172,10 +174,24 @@ def test_query_and_key_rows(name, attention):
 
 
 def test_a_shared_expert_is_ordered_by_its_own_use_and_not_by_the_router_s():
-    settings = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-                "first_k_dense_replace": 0, "moe_intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 97,
-                "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16,
-                "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    settings = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
     config = AutoConfig.for_model("deepseek_v3", **settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     randomize(model, torch.Generator().manual_seed(0))
@@ -188,7 +204,9 @@ def test_a_shared_expert_is_ordered_by_its_own_use_and_not_by_the_router_s():
     assert structure.excluded == ("mlp.gate.weight",)
     assert "mlp.shared_experts.up_proj.weight" in [ref.name for ref in _weights(structure)]
     # Latent queries and keys reach the scores through a second projection; so does the latent of the values.
-    rows = {name: int(found.sum()) for group in structure.groups for name, found in group.query_key_rows.items()}
+    rows = {
+        name: int(found.sum()) for group in structure.groups for name, found in group.query_key_rows.items()
+    }
     assert rows["self_attn.q_a_proj.weight"] == 16
     assert rows["self_attn.kv_b_proj.weight"] == 4 * 8
 
@@ -279,8 +297,10 @@ def test_inputs_that_only_look_alike_are_told_apart():
     structure = trace_block(block, CALL, torch.ones(1, 2, 4))
     assert [[ref.name for ref in group.weights] for group in structure.groups] == [["matrix"], ["other"]]
 
-    block.compute = lambda self, x: (x + 1) @ self.matrix + (x + 2) @ self.other
-    assert len(trace_block(block, CALL, torch.ones(1, 2, 4)).groups) == 2
+    block.many = nn.ParameterList(torch.ones(4, 4) for _ in range(20))
+    block.requires_grad_(False)  # else autograd keeps the inputs
+    block.compute = lambda self, x: sum((x + i) @ weight for i, weight in enumerate(self.many))
+    assert len(trace_block(block, CALL, torch.ones(1, 2, 4)).groups) == 20
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -60,9 +60,7 @@ def upgrade() -> None:
         sa.Column("created", sa.String(32), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_metric")),
         sa.ForeignKeyConstraint(["run_id"], ["run.id"], name=op.f("fk_metric_run_id"), ondelete="CASCADE"),
-        sa.CheckConstraint(
-            "value = value AND value BETWEEN -1e308 AND 1e308", name=op.f("ck_metric_value_finite")
-        ),
+        sa.CheckConstraint("value = value AND value BETWEEN -1e308 AND 1e308", name=op.f("ck_metric_value_finite")),
         sa.UniqueConstraint("run_id", "spec_key", "name", name=op.f("uq_metric_run_id_spec_key_name")),
     )
     op.create_table(
@@ -71,9 +69,7 @@ def upgrade() -> None:
         sa.Column("n", sa.Integer(), nullable=False),
         sa.Column("values", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("metric_id", name=op.f("pk_sample")),
-        sa.ForeignKeyConstraint(
-            ["metric_id"], ["metric.id"], name=op.f("fk_sample_metric_id"), ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["metric_id"], ["metric.id"], name=op.f("fk_sample_metric_id"), ondelete="CASCADE"),
     )
     op.create_table(
         "layer_metric",
@@ -84,9 +80,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_layer_metric")),
-        sa.ForeignKeyConstraint(
-            ["run_id"], ["run.id"], name=op.f("fk_layer_metric_run_id"), ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["run_id"], ["run.id"], name=op.f("fk_layer_metric_run_id"), ondelete="CASCADE"),
     )
     op.create_index(op.f("ix_layer_metric_run_id"), "layer_metric", ["run_id"])
     op.create_table(
