@@ -33,10 +33,13 @@ def awq_clip(
     """Best range of every block of `weight` (float32 [out, in]) among 1, 1 - 1/n_grid, … of the full one, down to
     above 1 - max_shrink.
 
-    Criterion: mean over tokens of (Σ_j in group x_j (Q(clamp(W))_j - W_j))², the change of the group's share of the
-    output, which is Δᵀ H_gg Δ with the group's diagonal block of hessian = E[x xᵀ] [in, in]: exact over all tokens
-    (the authors sample 512). symmetric: clamp to ±M with M from max|W| (authors). asymmetric: shrink min and max by
-    the same factor. The full range is in the grid, so the criterion never gets worse; ties keep the wider range.
+    Criterion: mean over tokens of (Σ_j in group x_j (Q(W)_j - W_j))², the change of the group's share of the output,
+    which is Δᵀ H_gg Δ with the group's diagonal block of hessian = E[x xᵀ] [in, in]: exact over all tokens (the
+    authors sample 512). Q has its scale and zero point from the range and saturates, as the final rounding does. (The
+    authors clamp W to the range first; the outermost codes lie up to half a step from its ends, so a clipped weight
+    may get the code beside theirs.) symmetric: the range is cut at ±M with M from max|W| (authors). asymmetric:
+    shrink min and max by the same factor. The full range is in the grid, so the criterion never gets worse; ties
+    keep the wider range.
     """
     if fmt.group_size == PER_TENSOR:
         return _search(weight, hessian, fmt, n_grid, max_shrink, clip_range)

@@ -106,7 +106,7 @@ class AwqScale(Stage):
             if self.duo
             else None
         )
-        calls = view.scopes.get(fold.group, ())
+        calls = _scope_calls(view, groups)
         linear = _is_linear(groups, calls)
         hessian = view.statistics[fold.group][Hessian].value() if linear else None
         losses, candidates = [], []
@@ -151,10 +151,22 @@ def _tie(scale: Tensor, channels: Tensor) -> Tensor:
     return free / counts
 
 
+def _scope_calls(view: BlockView, groups: list[LinearGroup]) -> tuple[ScopeCall, ...]:
+    """The calls of the modules around all groups, without those inside another one."""
+    found = {call.module: call for group in groups for call in view.scopes.get(group.index, ())}
+    return tuple(
+        call for path, call in found.items() if not any(path.startswith(f"{other}.") for other in found)
+    )
+
+
 def _is_linear(groups: list[LinearGroup], calls: tuple[ScopeCall, ...]) -> bool:
-    """Whether the searched module is just the linear layer: then its output error needs no forward."""
+    """Whether the searched module is just the linear layer: then its output error needs no forward.
+
+    Several groups are the experts behind one norm: what is searched then is the module that weighs their outputs.
+    """
     owners = {ref.parameter.rpartition(".")[0] for group in groups for ref in group.weights}
-    return not calls or ({call.module for call in calls} <= owners and len(owners) == 1)
+    one_weight = len(groups) == 1 and len(owners) == 1
+    return not calls or (one_weight and {call.module for call in calls} <= owners)
 
 
 def _scope_error(block: nn.Module, call: ScopeCall, refs: list[WeightRef], rounded: Mapping[str, Tensor]) -> float:
