@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qbench.engine.loop import FinishedBlock, Recipe, Streams, quantize_block
 from qbench.engine.probe import evenly_spaced
-from qbench.engine.resume import ResumePoint
+from qbench.engine.resume import ResumePoint, identity_of
 from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.source import Source
 from qbench.engine.streams import Stream, chunked
@@ -84,16 +84,21 @@ def run_pass(
     transforms = pipeline is not None and any(stage.kind == Kind.TRANSFORM for stage in pipeline.stages)
     ledger, weights = Ledger(), Weights(source.prefix)
     moving = [stream for stream in (streams.full, streams.quantized, *followers) if stream is not None]
-    first = resume.load(moving, ledger, weights.tensors) if resume is not None else 0
+    first = 0
+    if resume is not None:
+        setting = (torch.__version__, source.device, keep_weights, recipe, len(moving))
+        identity = identity_of(*setting, calibration, *evaluations)
+        first = resume.load(identity, moving, ledger, weights.tensors, source.device)
     for index in range(first, source.count):
         block = source.block(index)
+        finished = FinishedBlock(index, block, {}, ())
         if recipe is not None:
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
             finished = quantize_block(block, structure, index, recipe, streams)
             ledger.receive(finished)
-            receive(finished)
             if keep_weights:
                 weights.receive(finished)
+        receive(finished)
         for follower in followers:
             follower.advance(block, index)
         if resume is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -19,12 +20,13 @@ class ResumePoint:
     """State of one pass under `folder`, which carries the run's key; written at most every `interval_s` seconds.
 
     A point holds the hidden states of every stream, the ledger, and the decoded weights of the blocks so far (those
-    in separate files, written once). A short run never writes one.
+    in separate files, written once). A short run never writes one. `identity` (see `identity_of`) says which pass it
+    belongs to: what a run evaluates and whether it keeps weights is not in its key, but decides what a point holds.
     """
 
     def __init__(self, folder: Path, interval_s: float) -> None:
         self.folder, self.interval_s = folder, interval_s
-        self._saved, self._blocks_saved = time.monotonic(), 0
+        self._saved, self._blocks_saved, self._identity = time.monotonic(), 0, ""
 
     def save(self, done: int, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor]) -> None:
         """Called after block `done - 1`; does nothing before the interval has passed."""
@@ -36,20 +38,27 @@ class ResumePoint:
             self._write(f"weights-{done:05d}.pt", dict(fresh))
         self._blocks_saved = len(weights)
         chunks = [stream.chunks for stream in streams]
-        self._write("point.pt", {"done": done, "chunks": chunks, "ledger": asdict(ledger)})
+        state = {"identity": self._identity, "done": done, "chunks": chunks, "ledger": asdict(ledger)}
+        self._write("point.pt", state)
         self._saved = time.monotonic()
 
-    def load(self, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor]) -> int:
-        """Number of finished blocks (0: none); fills streams, ledger and weights."""
+    def load(
+        self, identity: str, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor], device: torch.device
+    ) -> int:
+        """Number of finished blocks (0: none); fills streams, ledger and weights. Another pass's point is removed."""
+        self._identity = identity
         point = self.folder / "point.pt"
         if not point.is_file():
             return 0
-        saved = torch.load(point, weights_only=True)
+        saved = torch.load(point, weights_only=True, map_location="cpu")
+        if saved["identity"] != identity:
+            self.discard()
+            return 0
         for path in sorted(self.folder.glob("weights-*.pt")):
             if int(path.stem.split("-")[1]) <= saved["done"]:
-                weights.update(torch.load(path, weights_only=True))
+                weights.update(torch.load(path, weights_only=True, map_location=device))
         for stream, chunks in zip(streams, saved["chunks"], strict=True):
-            stream.chunks = chunks
+            stream.chunks = [chunk.to(device) for chunk in chunks]
         for name, value in saved["ledger"].items():
             setattr(ledger, name, [tuple(m) for m in value] if name == "metrics" else value)
         self._blocks_saved = len(weights)
@@ -62,3 +71,15 @@ class ResumePoint:
         partial = self.folder / f".{name}.{os.getpid()}"
         torch.save(content, partial)
         os.replace(partial, self.folder / name)
+
+
+def identity_of(*parts: object) -> str:
+    """sha256 (hex) of tensors by shape and value and of everything else by its text."""
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            state.update(f"{part.dtype} {list(part.shape)}\n".encode())
+            state.update(part.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            state.update(f"{part}\n".encode())
+    return state.hexdigest()

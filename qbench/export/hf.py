@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qbench.assets import ModelAsset
 from qbench.engine.loop import FinishedBlock
 from qbench.engine.source import StreamSource
+from qbench.errors import AssetError, SpecError
 from qbench.export.artifact import describe
 from qbench.models.load import load_tokenizer
 from qbench.store.records import Artifact
@@ -21,7 +22,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_memory(folder: Path, model: nn.Module, asset: ModelAsset) -> Artifact:
-    """Write `model`, which holds the decoded weights, as transformers saves any model."""
+    """Write `model`, which holds the decoded weights, as transformers saves any model.
+
+    Raises SpecError where `folder` is the model's own: it would be replaced.
+    """
+    _refuse_own_folder(folder, asset)
     with _fresh(folder) as partial:
         model.save_pretrained(partial)
         load_tokenizer(asset).save_pretrained(partial)
@@ -32,6 +37,7 @@ class StreamExport:
     """Writes a checkpoint shard by shard while blocks come by: one file per block, one for everything else."""
 
     def __init__(self, folder: Path, source: StreamSource, asset: ModelAsset) -> None:
+        _refuse_own_folder(folder, asset)
         self.folder, self.source, self.asset = folder, source, asset
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.partial.mkdir(parents=True, exist_ok=True)  # a resumed pass goes on in it
@@ -41,10 +47,20 @@ class StreamExport:
             f"{self.source.prefix}.{finished.index}.{name}": parameter.detach().cpu().contiguous()
             for name, parameter in finished.block.named_parameters()
         }
-        save_file(tensors, self.partial / f"block-{finished.index:05d}.safetensors", metadata={"format": "pt"})
+        save_file(tensors, self.partial / _block_file(finished.index), metadata={"format": "pt"})
 
     def close(self) -> Artifact:
-        """Write what lies outside the blocks, the index, configuration and tokenizer; then put all in place."""
+        """Write what lies outside the blocks, the index, configuration and tokenizer; then put all in place.
+
+        Raises AssetError where a block never came by: the pass went on behind a block that was not exported.
+        """
+        written = {path.name for path in self.partial.glob("block-*.safetensors")}
+        missing = [index for index in range(self.source.count) if _block_file(index) not in written]
+        if missing:
+            raise AssetError(
+                f"export.path={self.folder}: block {missing[0]} and {len(missing) - 1} more are missing, because the "
+                "run went on from a point that was not exported; run it again"
+            )
         with self.source.shell() as model:
             outside = {
                 name: parameter.detach().cpu().contiguous()
@@ -59,6 +75,15 @@ class StreamExport:
         _write_index(self.partial)
         _put_in_place(self.partial, self.folder)
         return describe(self.folder)
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def _refuse_own_folder(folder: Path, asset: ModelAsset) -> None:
+    if folder.resolve() == asset.path.resolve():
+        raise SpecError("export.path", folder, "a folder other than the one that the model is read from")
 
 
 class _fresh:

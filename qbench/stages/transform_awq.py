@@ -144,6 +144,7 @@ def _salience(view: BlockView, groups: list[LinearGroup]) -> Tensor:
 
 def _tie(scale: Tensor, channels: Tensor) -> Tensor:
     """Mean of the scales that a fold ties together, [n_free] from [in] (METHODS 0.5: grouped-query v→o)."""
+    channels = channels.to(scale.device)
     free = scale.new_zeros(int(channels.max()) + 1)
     counts = torch.zeros_like(free)
     free.index_add_(0, channels, scale)
@@ -154,9 +155,7 @@ def _tie(scale: Tensor, channels: Tensor) -> Tensor:
 def _scope_calls(view: BlockView, groups: list[LinearGroup]) -> tuple[ScopeCall, ...]:
     """The calls of the modules around all groups, without those inside another one."""
     found = {call.module: call for group in groups for call in view.scopes.get(group.index, ())}
-    return tuple(
-        call for path, call in found.items() if not any(path.startswith(f"{other}.") for other in found)
-    )
+    return tuple(call for path, call in found.items() if not any(path.startswith(f"{other}.") for other in found))
 
 
 def _is_linear(groups: list[LinearGroup], calls: tuple[ScopeCall, ...]) -> bool:

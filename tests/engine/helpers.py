@@ -1,10 +1,15 @@
 """Recipes by name, and inputs of linear layers found without the package's own interception."""
 
+from itertools import pairwise
+
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qbench.assets import resolve_model
+from qbench.calibration.corpora import pydoc_split
 from qbench.engine.loop import Recipe
 from qbench.formats import TensorFormat
+from qbench.models.load import load_tokenizer
 from qbench.stages.pipeline import build_pipeline
 from qbench.structure.blocks import capture_calls, find_blocks
 from qbench.structure.trace import trace_block
@@ -44,7 +49,7 @@ class InputsOf(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if len(tensors) > 1:  # x, weight[, bias] or bias, x, weight; one alone is a view being made
-            for x, weight in zip(tensors, tensors[1:]):
+            for x, weight in pairwise(tensors):
                 if weight.data_ptr() == self._address and weight.ndim == 2 and x.numel():
                     self.seen.append(x.detach().flatten(0, -2).clone())
         return func(*args, **(kwargs or {}))
@@ -61,3 +66,15 @@ def comparable(ledger):
     """A ledger without the seconds that stages took."""
     metrics = [metric for metric in ledger.metrics if not metric[2].endswith("_s")]
     return ledger.weight_bits, ledger.weight_count, ledger.digests, metrics
+
+
+def tiny_asset():
+    """`model=tiny`: a trained llama of four blocks with grouped-query attention and tied embeddings."""
+    return resolve_model(name="tiny", asset="package:tiny")
+
+
+def tiny_windows(n, length, *, skip=0):
+    """Token windows [n, length] of text that the tiny model was not trained on."""
+    text = pydoc_split()[1][: 8 * (skip + n * length)]
+    ids = torch.tensor(load_tokenizer(tiny_asset())(text, verbose=False)["input_ids"])
+    return ids[skip : skip + n * length].view(n, length)

@@ -63,33 +63,30 @@ def test_rounding_to_nearest_rounds_every_linear_weight_and_nothing_else(name):
     assert result.ledger.weight_bits == count * 3 + count // 8 * (16 + 3)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon", "gemma2", "mixtral"])
+@pytest.mark.parametrize("group_size", [8, 0])
 @torch.no_grad()
-def _naive_gptq(model, calibration, fmt):
-    """GPTQ by its definition: a forward of the whole model for every group, weights one by one, in float64 sums."""
-    model = copy.deepcopy(model)
-    capture_calls(model, calibration[:1])  # experts one by one, as the engine has them
-    for index, block in enumerate(find_blocks(model)[1]):
-        for group in structure_of(model, calibration[:1], index).groups:
+def test_gptq_is_true_sequential_over_groups_and_blocks(name, group_size, chunks):
+    """Every weight is GPTQ of its input in a whole forward behind everything that was quantized before it."""
+    model, calibration = _model(name, batch=10)
+    chunks(36)
+    found = _run(model, recipe("gptq", group_size=group_size), calibration).weights.tensors
+    fmt = TensorFormat(bits=3, group_size=group_size, symmetric=False)
+    naive = copy.deepcopy(model)
+    capture_calls(naive, calibration[:1])  # experts one by one, as the engine has them
+    prefix, blocks = find_blocks(naive)
+    for index, block in enumerate(blocks):
+        for group in structure_of(naive, calibration[:1], index).groups:
             with InputsOf(block, group.weights[0]) as taken:
-                model(calibration)
+                naive(calibration)
             x = torch.cat([*taken.seen, torch.zeros(0, group.in_features)]).double()
             hessian = (x.t() @ x / max(len(x), 1)).float()
             for ref in group.weights:
-                ref.write(block, gptq(ref.read(block), hessian, fmt).weight.dequantize())
-    return dict(model.named_parameters())
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon", "gemma2", "mixtral"])
-@pytest.mark.parametrize("group_size", [8, 0])
-def test_gptq_is_true_sequential_over_groups_and_blocks(name, group_size, chunks):
-    model, calibration = _model(name, batch=10)
-    chunks(36)
-    result = _run(model, recipe("gptq", group_size=group_size), calibration)
-    found = decoded(model, result.weights)
-    fmt = TensorFormat(bits=3, group_size=group_size, symmetric=False)
-    for path, expected in _naive_gptq(model, calibration, fmt).items():
-        same = torch.isclose(found[path], expected, rtol=1e-3, atol=1e-6)
-        assert same.float().mean() > 0.97, path  # a tie decided by the order of a sum
+                expected = gptq(ref.read(block), hessian, fmt).weight.dequantize()
+                own = ref.of(found[f"{prefix}.{index}.{ref.parameter}"])
+                same = torch.isclose(own, expected, rtol=1e-4, atol=1e-6)
+                assert same.float().mean() > 0.95, ref.name  # a tie decided by the order of a sum spoils its row
+                ref.write(block, own)  # and must not spoil what comes later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +158,18 @@ def test_statistics_are_those_of_whole_forwards_in_every_chunking(name, size, ch
 
 @pytest.mark.parametrize("algorithm", ["gptq", "awq"])
 def test_chunking_changes_codes_by_ties_only(algorithm, chunks):
+    """Ties spoil what comes after them, so the first group is compared by values and the rest by its errors."""
     model, calibration = _model("llama", batch=8)
     results = []
     for size in (12, 50, 10_000):
         chunks(size)
-        results.append(decoded(model, _run(model, recipe(algorithm), calibration).weights))
-    for other in results[1:]:
-        for path, value in other.items():
-            assert torch.isclose(value, results[0][path], rtol=1e-3, atol=1e-6).float().mean() > 0.99, path
+        results.append(_run(model, recipe(algorithm), calibration))
+    first = "model.layers.0.self_attn.q_proj.weight"
+    errors = [{m[:3]: m[3] for m in result.ledger.metrics if m[2] == "weight_error"} for result in results]
+    for other, of_other in zip(results[1:], errors[1:], strict=True):
+        same = torch.isclose(other.weights.tensors[first], results[0].weights.tensors[first], rtol=1e-4, atol=1e-6)
+        assert same.float().mean() > 0.97
+        assert of_other == pytest.approx(errors[0], rel=0.2)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -129,7 +129,7 @@ class _Failure(Exception):
 
 
 @pytest.mark.parametrize("error", [_Failure, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["first input", "later input", "later chunk", "completion", "last completion", "block"])
+@pytest.mark.parametrize("where", ["first input", "later input", "later chunk", "completion", "last one", "block"])
 def test_an_exception_surfaces_and_leaves_no_thread_behind(where, error):
     block, structure, stream = _block_and_stream("llama")
     before, inputs, completions = set(threading.enumerate()), [], []
@@ -142,7 +142,7 @@ def test_an_exception_surfaces_and_leaves_no_thread_behind(where, error):
     def on_complete(group):
         completions.append(group.index)
         last = group.index == structure.groups[-1].index
-        if (where == "completion" and group.index == 1) or (where == "last completion" and last):
+        if (where == "completion" and group.index == 1) or (where == "last one" and last):
             raise error("on purpose")
 
     def fail(*_):

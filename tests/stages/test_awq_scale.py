@@ -241,5 +241,6 @@ def test_grouped_heads_share_the_mean_of_their_scales():
     wanted = recipe("awq_scale", awq_scale={"grouped_heads": True})
     metrics = run_pass(MemorySource(model), wanted, calibration).ledger.metrics
     names = [module for block, module, metric, _ in metrics if metric == "awq_ratio" and block == 0]
-    assert names == ["self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.down_proj.weight"]
+    paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert names == [f"{path}.weight" for path in paths]
     assert all(value < 1e-5 for _, _, metric, value in metrics if metric == "awq_scale_function_error")
