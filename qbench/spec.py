@@ -96,7 +96,10 @@ class RunSpec:
 
     def describe(self) -> dict:
         """Everything, labels included, as plain values for the `run.spec` column."""
-        return asdict(self)
+        values = asdict(self)
+        for stage in values["pipeline"]:
+            stage["options"] = dict(stage["options"])
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,27 +132,28 @@ class _Failure(Exception):
 @pytest.mark.parametrize("where", ["first input", "later input", "later chunk", "completion", "last one", "block"])
 def test_an_exception_surfaces_and_leaves_no_thread_behind(where, error):
     block, structure, stream = _block_and_stream("llama")
-    before, inputs, completions = set(threading.enumerate()), [], []
-
-    def on_input(group, _):
-        inputs.append(group.index)
-        if (where, len(inputs)) in {("first input", 1), ("later chunk", 2), ("later input", 5)}:
-            raise error("on purpose")
-
-    def on_complete(group):
-        completions.append(group.index)
-        last = group.index == structure.groups[-1].index
-        if (where == "completion" and group.index == 1) or (where == "last one" and last):
-            raise error("on purpose")
+    before, events, failed = set(threading.enumerate()), [], []
 
     def fail(*_):
+        failed.append(len(events))
         raise error("on purpose")
+
+    def on_input(group, _):
+        events.append("input")
+        if (where, len(events)) in {("first input", 1), ("later chunk", 2), ("later input", 5)}:
+            fail()
+
+    def on_complete(group):
+        events.append("completion")
+        last = group.index == structure.groups[-1].index
+        if (where == "completion" and group.index == 1) or (where == "last one" and last):
+            fail()
 
     hook = block.mlp.register_forward_pre_hook(fail) if where == "block" else None
     with pytest.raises(error, match="on purpose"):
         stream.settle(block, 0, structure, on_input, on_complete)
     assert set(threading.enumerate()) == before
-    assert len(completions) <= len(structure.groups)
+    assert failed == [len(events)]  # once, and nothing goes on behind it
     if hook is not None:
         hook.remove()
     again = _Settler(block, structure)
