@@ -16,7 +16,7 @@ algo=none|rtn|gptq|awq       the algorithm; options, with their defaults:
   gptq: algo.damp=0.01 algo.act_order=false algo.static_groups=false algo.block_size=128
         algo.scale_source=compensated|stale|original
   awq:  algo.scale=true algo.clip=true algo.n_grid=20 algo.duo=false algo.grouped_heads=false
-        algo.search_tokens=2048 algo.clip_n_grid=20 algo.max_shrink=0.5
+        algo.search_tokens=1024 algo.clip_n_grid=20 algo.max_shrink=0.5
         algo.clip_range=symmetric|asymmetric
 bits=4                       2 to 8
 group_size=64                weights per scale; -1: per output channel, 0: per tensor

@@ -67,6 +67,10 @@ class StreamSource:
     def __init__(self, folder: Path, skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.dtype, self.device = skeleton, dtype, device
         self.prefix, self._blocks = find_blocks(skeleton)
+        for module in skeleton.modules():  # such as rotary frequencies, which no checkpoint holds
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
         self.tensors = Checkpoint(folder)
         wanted = {name for name, _ in skeleton.named_parameters()}
         missing = sorted(wanted - self.tensors.names - set(_tied(skeleton)))

@@ -98,44 +98,50 @@ class _Trip:
         self.turn = [threading.Semaphore(0) for _ in range(count)]
         self.back = threading.Semaphore(0)
         self.waiting: list[LinearGroup | None] = [None] * count
-        self.finished = [False] * count
         self.failure: BaseException | None = None
 
     def run(self) -> None:
         threads = [threading.Thread(target=self._forward, args=(k,), daemon=True) for k in range(len(self.turn))]
         for thread in threads:
             thread.start()
-        settled: set[int] = set()
-        ready = list(range(len(threads)))
-        while ready:
-            for k in ready:
-                self.turn[k].release()
-                self.back.acquire()
-            if self.failure is None and not all(self.finished):
-                group = min((g for g in self.waiting if g is not None), key=lambda g: g.index)
-                self._guarded(lambda group=group: self.on_complete(group))
-                settled.add(group.index)
-                ready = [k for k, g in enumerate(self.waiting) if g is not None and g.index == group.index]
-            else:  # finished, or failed: then let the paused forwards run into the failure and end
-                ready = [k for k, done in enumerate(self.finished) if not done]
-        for thread in threads:
-            thread.join()
-        if self.failure is not None:
-            raise self.failure
+        try:
+            settled = self._take_turns()
+        except BaseException as error:  # also an interrupt of the user while a forward runs
+            self.failure = error
+            for turn in self.turn:  # the paused forwards run into the failure and end
+                turn.release()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
         for group in self.structure.groups:
             if group.index not in settled:
                 self.on_complete(group)
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except BaseException as error:  # handed to run(), which raises it after every thread has ended
-            self.failure = self.failure or error
+    def _take_turns(self) -> set[int]:
+        """Run every forward to its end, one at a time; the indices of the groups that were settled on the way."""
+        settled: set[int] = set()
+        ready = list(range(len(self.turn)))
+        while ready:
+            for k in ready:
+                self.turn[k].release()
+                self.back.acquire()
+                if self.failure is not None:
+                    raise self.failure
+            group = min((g for g in self.waiting if g is not None), key=lambda g: g.index, default=None)
+            if group is None:
+                break
+            self.on_complete(group)
+            settled.add(group.index)
+            ready = [k for k, g in enumerate(self.waiting) if g is not None and g.index == group.index]
+        return settled
 
     def _forward(self, k: int) -> None:
         self.turn[k].acquire()
-        self._guarded(lambda: self._compute(k))
-        self.finished[k] = True
+        try:
+            self._compute(k)
+        except BaseException as error:  # handed to the one who takes turns, which raises it
+            self.failure = self.failure or error
         self.waiting[k] = None
         self.back.release()
 

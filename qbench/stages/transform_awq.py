@@ -67,7 +67,7 @@ class AwqScale(Stage):
     n_grid: int = 20
     duo: bool = False
     grouped_heads: bool = False
-    search_tokens: int = 2048
+    search_tokens: int = 1024
 
     @property
     def scope_tokens(self) -> int:

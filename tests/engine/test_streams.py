@@ -1,8 +1,10 @@
 """Settling groups inside one trip gives exactly what re-running the block after every group gives."""
 
+import _thread
 import copy
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -159,6 +161,24 @@ def test_an_exception_surfaces_and_leaves_no_thread_behind(where, error):
     again = _Settler(block, structure)
     stream.settle(block, 0, structure, again.on_input, again.on_complete)  # nothing is stuck
     assert again.order == [group.index for group in structure.groups]
+
+
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_an_interrupt_of_the_user_leaves_no_thread_behind(at):
+    """It reaches the main thread, which waits for a forward in another one."""
+    block, structure, stream = _block_and_stream("llama")
+    before, events = set(threading.enumerate()), []
+
+    def on_input(group, _):
+        events.append(group.index)
+        if len(events) == at:
+            _thread.interrupt_main()
+            time.sleep(0.05)  # it arrives while this forward runs
+
+    with pytest.raises(KeyboardInterrupt):
+        stream.settle(block, 0, structure, on_input, lambda group: None)
+    assert set(threading.enumerate()) == before
+    assert len(events) == at
 
 
 def test_observing_shows_every_input_once_and_advances():
