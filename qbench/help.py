@@ -30,7 +30,7 @@ calib.n=16 calib.length=512 calib.sampler=random|sequential calib.seed=${seed}
 eval.corpora=[wikipedia-sample]   texts for perplexity; or eval.path=<.txt or .jsonl>
 eval.length=512              tokens per window (protocol window-<length>)
 eval.n=20                    number of windows; null: all
-eval.batch=null              windows per forward; null: about 2048 tokens
+eval.batch=null              windows per forward; null: about 1024 tokens
 seed=0  device=auto|cpu|cuda  dtype=float32|bfloat16|float16
 source=memory|stream         stream: read the checkpoint block by block (models larger than memory)
 export=hf export.path=<folder>    write the decoded weights as a Hugging Face checkpoint

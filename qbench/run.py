@@ -20,7 +20,7 @@ from qbench.engine.source import Source
 from qbench.errors import NumericsError
 from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
-from qbench.measure import PeakMemory, Phases
+from qbench.measure import PeakMemory, Phases, release_free_memory
 from qbench.session import Session
 from qbench.spec import EvaluationSpec
 from qbench.store.database import Database, Heartbeat
@@ -177,6 +177,7 @@ def _in_memory(
             with phases("quantize"):
                 result = _pass(point, source, calibration, (), session, resume, progress)
             ledger = result.ledger
+            release_free_memory()
             model = stack.enter_context(result.weights.inside(model))
         with phases("evaluate"):
             for spec, tokens in zip(evaluations, windows, strict=True):

@@ -64,12 +64,8 @@ def parameter_bytes(model: nn.Module, prefix: str, dtype: torch.dtype) -> dict[s
     block, at the width of `dtype`; a tied parameter counts once."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    seen: set[int] = set()
     sizes = {"embedding": 0, "head": 0, "blocks": 0, "other": 0}
     for name, parameter in model.named_parameters(remove_duplicate=True):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
         if parameter is embedding:
             kind = "embedding"
         elif head is not None and parameter is head.weight:

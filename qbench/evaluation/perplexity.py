@@ -25,7 +25,7 @@ from qbench.structure.blocks import finish
 VERSION = 1
 
 #: Tokens per forward where no batch size is given: one long window, or a few short ones.
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 Progress = Callable[[int, int], None]
 

@@ -89,7 +89,18 @@ def test_a_point_that_was_half_written_is_no_point(tmp_path):
     (folder / ".point.pt.1234").write_bytes(b"half")
     newer = folder / "weights-00003.pt"  # written before its point, which never came
     torch.save({"model.layers.2.mlp.up_proj.weight": torch.zeros(1)}, newer)
+    with pytest.raises(_Stopped):
+        _run(model, *data, resume=ResumePoint(folder, 0), progress=_stop_after(3))
     _same(_run(model, *data, resume=ResumePoint(folder, 0)), expected)
+
+
+def test_weights_are_written_once(tmp_path):
+    model, *data = _model()
+    for after in (2, 3):
+        with pytest.raises(_Stopped):
+            _run(model, *data, resume=ResumePoint(tmp_path / "key", 0), progress=_stop_after(after))
+    written = [name for file in (tmp_path / "key").glob("weights-*.pt") for name in torch.load(file)]
+    assert len(written) == len(set(written)) == 3 * 9
 
 
 def test_a_short_run_writes_nothing(tmp_path):
@@ -113,5 +124,12 @@ def test_a_point_of_another_pass_is_not_used(change, tmp_path):
         "weights kept": (calibration, windows),
         "calibration": (calibration.flip(1), windows),
     }
-    data = others[change]
-    _same(_run(model, *data, resume=ResumePoint(tmp_path / "key", 0)), _run(model, *data))
+    data, left = others[change], []
+    found = _run(
+        model,
+        *data,
+        resume=ResumePoint(tmp_path / "key", 0),
+        receive=lambda finished: left.append(finished.index == 0 and (tmp_path / "key").exists()),
+    )
+    assert left == [False] * BLOCKS  # from the first block on, with nothing of the other pass in the folder
+    _same(found, _run(model, *data))
