@@ -17,6 +17,8 @@ class Statistic(Protocol):
 
     def update(self, x: Tensor) -> None: ...
 
+    def finish(self) -> None: ...
+
     def value(self) -> Tensor: ...
 
     def rescaled(self, scale: Tensor) -> Self: ...
@@ -28,20 +30,28 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, in_features, device=device)
         self.tokens = 0
+        self._averaged = False
 
     def update(self, x: Tensor) -> None:
+        assert not self._averaged, "the mean has been taken"
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.tokens += rows.shape[0]
 
+    def finish(self) -> None:
+        """Ends the updates: the mean takes the sum's place, since two such matrices may not fit into memory."""
+        if not self._averaged:
+            self.total /= max(self.tokens, 1)
+            self._averaged = True
+
     def value(self) -> Tensor:
-        return self.total / max(self.tokens, 1)
+        return self.total if self._averaged else self.total / max(self.tokens, 1)
 
     def rescaled(self, scale: Tensor) -> Self:
         """The statistic of x / scale: D⁻¹ H D⁻¹ with D = diag(scale), exactly what a fold does to the input."""
         other = type(self)(0, self.total.device)
         other.total = self.total / (scale[:, None] * scale[None, :])
-        other.tokens = self.tokens
+        other.tokens, other._averaged = self.tokens, self._averaged
         return other
 
 
@@ -56,6 +66,9 @@ class AbsMean:
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total += rows.abs().sum(dim=0)
         self.tokens += rows.shape[0]
+
+    def finish(self) -> None:
+        """Nothing to do: a vector costs nothing to keep."""
 
     def value(self) -> Tensor:
         return self.total / max(self.tokens, 1)

@@ -140,6 +140,9 @@ class _Work:
 
     def apply(self, stage: Stage, groups: tuple[LinearGroup, ...]) -> None:
         """Show the stage its groups, install what it decided, and measure what rounding did to each layer."""
+        for group in groups:
+            for statistic in self.statistics.get(group.index, {}).values():
+                statistic.finish()
         view = BlockView(
             block=self.block,
             structure=self.structure,

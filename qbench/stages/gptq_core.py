@@ -30,21 +30,25 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     """Upper triangular U with UᵀU = (H + damp · mean(diag H) · I)⁻¹, float32 [n, n] from float32 H [n, n].
 
     H = M Mᵀ with M upper triangular (Cholesky of H with rows and columns reversed, reversed back), so U = M⁻¹: one
-    factorization and one triangular inverse instead of inverting H and factorizing again.
+    factorization and one triangular inverse instead of inverting H and factorizing again. H is left alone; matrices are
+    dropped as soon as they have served, which matters where n is 10,000.
     Raises NumericsError where H is singular at this damping.
     """
     n = hessian.shape[0]
-    damped = hessian.clone()
-    damped.diagonal().add_(damp * hessian.diagonal().mean())
-    flipped = damped.flip(0, 1)
+    diagonal = hessian.diagonal().clone()
+    diagonal += damp * diagonal.mean()
+    flipped = hessian.flip(0, 1)
+    flipped.diagonal().copy_(diagonal.flip(0))
     lower, failed = torch.linalg.cholesky_ex(flipped)
-    pivots = lower.diagonal().square() / flipped.diagonal()
+    del flipped
+    pivots = lower.diagonal().square() / diagonal.flip(0)
     if failed.item() or not bool((pivots > PIVOT_NOISE).all()):
         raise NumericsError(
             f"singular Hessian ({n} x {n}) at damp={damp}: use more calibration tokens than in_features "
             "or a larger damp (authors: 0.01)"
         )
     upper = lower.flip(0, 1)
+    del lower
     return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
 
 
@@ -78,10 +82,11 @@ def gptq(
     """
     original = weight.float()
     rows, columns = original.shape
-    hessian = hessian.clone()
     dead = hessian.diagonal() == 0
-    # The mean of the others (the authors: 1), so that the damping does not depend on the overall factor of H.
-    hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
+    if bool(dead.any()):
+        hessian = hessian.clone()
+        # The mean of the others (the authors: 1), so that the damping does not depend on the overall factor of H.
+        hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     grouped = fmt.group_size > PER_TENSOR

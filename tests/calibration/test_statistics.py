@@ -73,6 +73,25 @@ def test_rescaled_is_the_statistic_of_the_rescaled_input(kind):
 
 
 @every_kind
+def test_finishing_changes_no_value(kind):
+    x, scale = _inputs(), torch.rand(7, generator=torch.Generator().manual_seed(2)) + 0.5
+    statistic = _statistic(kind, x)
+    expected, rescaled = statistic.value().clone(), statistic.rescaled(scale).value()
+    for _ in range(2):  # once is as good as twice
+        statistic.finish()
+        assert torch.equal(statistic.value(), expected)
+        assert torch.allclose(statistic.rescaled(scale).value(), rescaled, rtol=1e-5)
+    assert statistic.tokens == 60
+
+
+def test_a_finished_mean_takes_no_more_tokens():
+    statistic = _statistic(Hessian, _inputs())
+    statistic.finish()
+    with pytest.raises(AssertionError, match="the mean has been taken"):
+        statistic.update(_inputs())
+
+
+@every_kind
 def test_half_precision_inputs_are_summed_in_float32(kind):
     x = _inputs(4096, 3).abs().bfloat16()
     assert _close(_statistic(kind, x).value(), KINDS[kind](x))

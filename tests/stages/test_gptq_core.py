@@ -212,10 +212,12 @@ def test_a_singular_hessian_is_an_error_without_damping_and_none_with():
 
 
 @every_block
-def test_inputs_are_left_alone_and_half_precision_is_computed_in_float32(group_size):
-    weight, hessian, fmt = _weight().bfloat16(), _with_dead(_hessian(), [2]), _format(4, group_size)
+@pytest.mark.parametrize("dead", [[], [2]])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_inputs_are_left_alone_and_half_precision_is_computed_in_float32(group_size, dead, act_order):
+    weight, hessian, fmt = _weight().bfloat16(), _with_dead(_hessian(), dead), _format(4, group_size)
     before = weight.clone(), hessian.clone()
-    found = gptq(weight, hessian, fmt, act_order=True).weight
+    found = gptq(weight, hessian, fmt, act_order=act_order).weight
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
-    assert torch.equal(found.codes, gptq(weight.float(), hessian, fmt, act_order=True).weight.codes)
+    assert torch.equal(found.codes, gptq(weight.float(), hessian, fmt, act_order=act_order).weight.codes)
