@@ -22,7 +22,7 @@ from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
 from qbench.formats import TensorFormat
-from qbench.measure import PeakMemory
+from qbench.measure import PeakMemory, release_free_memory, share_one_heap
 from qbench.models.load import load_model, load_tokenizer
 from qbench.stages.pipeline import Pipeline, build_pipeline
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(PIPELINES), choices=list(PIPELINES))
     options = parser.parse_args()
+    share_one_heap()
     kind = "wheel:smollm2-135m" if options.model == "smollm2-135m" else "package:tiny"
     asset = resolve_model(name=options.model, asset=kind)
     model = load_model(asset, dtype=torch.float32, device="cpu")
@@ -70,6 +71,7 @@ def main() -> None:
 
 def report(name: str, pipeline: Pipeline, model: nn.Module, windows: Tensor, fmt: TensorFormat) -> None:
     before = forward_seconds(model, windows)
+    release_free_memory()
     memory = PeakMemory(torch.device("cpu"))
     started = time.perf_counter()
     result = run_pass(MemorySource(model), Recipe(pipeline, fmt), windows)

@@ -29,6 +29,20 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+#: glibc's parameter for the number of heaps (malloc.h).
+_M_ARENA_MAX = -8
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap; call it before threads start.
+
+    The chunks of a pass run in threads of which only one works at a time. With a heap for each, as glibc gives them,
+    every one keeps the largest temporaries it ever had: hundreds of megabytes that the others cannot use.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def release_free_memory() -> None:
     """Give freed heap memory back to the system.
 

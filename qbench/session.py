@@ -15,6 +15,7 @@ from qbench.compose import DTYPES, Point
 from qbench.engine.passes import StructureCache
 from qbench.engine.source import MemorySource, Source, StreamSource
 from qbench.errors import SpecError
+from qbench.measure import share_one_heap
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
 from qbench.spec import CalibrationSpec, EvaluationSpec
 from qbench.store.environment import detect
@@ -33,6 +34,9 @@ class Session:
     skeletons: dict[str, PreTrainedModel] = field(default_factory=dict)
     _environments: dict[torch.device, Environment] = field(default_factory=dict)
     _loaded: tuple[tuple, nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        share_one_heap()
 
     def model(self, point: Point) -> nn.Module:
         """The full-precision model in memory; callers leave it as it is."""
