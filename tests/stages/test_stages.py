@@ -18,6 +18,7 @@ from qbench.stages.gptq_core import gptq
 from qbench.stages.pipeline import stage_types
 from qbench.stages.round_gptq import Gptq
 from qbench.stages.round_rtn import Rtn
+from qbench.stages.transform_awq import AwqScale, awq_scale
 from qbench.structure.blocks import capture_calls
 from tests.architectures import tiny_model, tokens
 
@@ -136,6 +137,23 @@ def test_gptq_names_the_weight_whose_input_is_not_finite():
     view.statistics[2][Hessian].total[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"block 0, mlp\.gate_proj\.weight: input of the layer is not finite"):
         Gptq().apply(view)
+
+
+def test_query_heads_of_one_value_head_share_the_mean_of_their_scales():
+    view = _view()
+    unequal = torch.logspace(-1, 1, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    view.statistics[1].update({kind: s.rescaled(unequal) for kind, s in view.statistics[1].items()})
+    outcome = AwqScale(grouped_heads=True, n_grid=4).apply(view)
+    ratio = {module: value for module, name, value in outcome.metrics if name == "awq_ratio"}["self_attn.o_proj.weight"]
+    found = outcome.input_scales[1].view(2, 2, 8)  # key/value heads, query heads of each, features
+    own = awq_scale(view.statistics[1][AbsMean].value(), ratio).view(2, 2, 8)
+    assert ratio > 0
+    assert torch.allclose(found, own.mean(1, keepdim=True).expand_as(found))
+    assert torch.allclose(outcome.input_scales[1], outcome.parameters["self_attn.o_proj.weight"][0] / _weight(view)[0])
+
+
+def _weight(view):
+    return view.block.self_attn.o_proj.weight
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
