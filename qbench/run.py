@@ -22,7 +22,7 @@ from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
 from qbench.measure import PeakMemory, Phases, release_free_memory
 from qbench.session import Session
-from qbench.spec import EvaluationSpec
+from qbench.spec import EvaluationSpec, digest
 from qbench.store.database import Database, Heartbeat
 from qbench.store.records import Artifact, LayerMetric, Measurement, Outcome, RunColumns, RunRow
 
@@ -57,7 +57,7 @@ def execute(
     phases, started, memory = Phases(), time.perf_counter(), PeakMemory(point.device)
     with Heartbeat(database, claim):
         try:
-            computed = compute(point, point.evaluations, session, phases, memory, resume_root / key, progress)
+            computed = compute(point, point.evaluations, session, phases, memory, _resume_folder(resume_root, point), progress)
             database.finish(claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts)
         except Exception as error:
             spent = Outcome(
@@ -86,13 +86,19 @@ def measure_again(
     Raises NumericsError if the rebuilt codes are not the run's: then the number would belong to another model.
     """
     memory = PeakMemory(point.device)
-    computed = compute(point, missing, session, Phases(), memory, resume_root / row.key, progress)
+    computed = compute(point, missing, session, Phases(), memory, _resume_folder(resume_root, point), progress)
     if computed.outcome.codes_sha256 != row.codes_sha256:
         raise NumericsError(
             f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "
             "library versions); use another store.url for this environment"
         )
     database.append(row.id, computed.measurements, computed.artifacts)
+
+
+def _resume_folder(root: Path, point: Point) -> Path:
+    """Where the point leaves resume points: apart for every source and export, which a pass cannot change halfway."""
+    target = str(point.export.absolute()) if point.export is not None else None
+    return root / f"{point.spec.key()}-{digest([point.source, target])[:12]}"
 
 
 def columns(point: Point) -> RunColumns:
