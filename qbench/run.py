@@ -57,7 +57,8 @@ def execute(
     phases, started, memory = Phases(), time.perf_counter(), PeakMemory(point.device)
     with Heartbeat(database, claim):
         try:
-            computed = compute(point, point.evaluations, session, phases, memory, _resume_folder(resume_root, point), progress)
+            folder = _resume_folder(resume_root, point)
+            computed = compute(point, point.evaluations, session, phases, memory, folder, progress)
             database.finish(claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts)
         except Exception as error:
             spent = Outcome(
