@@ -7,13 +7,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from qbench.compose import DTYPES, Point
-from qbench.engine.passes import PassResult, run_pass
+from qbench.engine.passes import PassResult, StructureCache, run_pass
 from qbench.engine.resume import ResumePoint
 from qbench.engine.sinks import Ledger, parameter_bytes
 from qbench.engine.source import Source
@@ -143,15 +144,13 @@ def compute(
             for spec, corpus in zip(point.evaluations, point.corpora, strict=True)
             if spec in evaluations
         )
-    carry_out = _in_memory if point.source == "memory" else _streamed
     resume = ResumePoint(resume_folder, point.resume_s)
-    ledger, measurements, artifacts = carry_out(
-        point, evaluations, windows, calibration, source, session, phases, resume, progress
-    )
+    job = _Job(point, evaluations, windows, calibration, source, session.structure_cache(point.model), phases, resume)
+    carry_out = job.in_memory if point.source == "memory" else job.streamed
+    ledger, measurements, artifacts = carry_out(progress)
     sizes = _sizes(source, ledger, DTYPES[point.spec.model.dtype])
     outcome = Outcome(
         **sizes,
-        sparsity=0.0,
         quantize_s=phases.seconds.get("quantize", 0.0),
         evaluate_s=phases.seconds.get("evaluate", 0.0),
         load_s=phases.seconds["load"],
@@ -165,83 +164,68 @@ def compute(
     return Computed(outcome, tuple(measurements), layers, tuple(artifacts))
 
 
-def _in_memory(
-    point: Point,
-    evaluations: tuple[EvaluationSpec, ...],
-    windows: tuple[torch.Tensor, ...],
-    calibration: torch.Tensor | None,
-    source: Source,
-    session: Session,
-    phases: Phases,
-    resume: ResumePoint,
-    progress: Progress,
-) -> tuple[Ledger, list[Measurement], list[Artifact]]:
-    """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
-    measurements, artifacts, ledger = [], [], Ledger()
-    with ExitStack() as stack:
-        model = source.model
-        if point.recipe is not None:
-            with phases("quantize"):
-                result = _pass(point, source, calibration, (), session, resume, progress)
-            ledger = result.ledger
-            release_free_memory()
-            model = stack.enter_context(result.weights.inside(model))
-        with phases("evaluate"):
-            for spec, tokens in zip(evaluations, windows, strict=True):
-                nll = window_nll(model, tokens, point.batch, lambda done, total: progress("evaluate", done, total))
+@dataclass(frozen=True)
+class _Job:
+    """All that carrying out one point takes, gathered."""
+
+    point: Point
+    evaluations: tuple[EvaluationSpec, ...]
+    windows: tuple[torch.Tensor, ...]
+    calibration: torch.Tensor | None
+    source: Source
+    structures: StructureCache
+    phases: Phases
+    resume: ResumePoint
+
+    def in_memory(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
+        """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
+        measurements, artifacts, ledger = [], [], Ledger()
+        with ExitStack() as stack:
+            model = self.source.model
+            if self.point.recipe is not None:
+                with self.phases("quantize"):
+                    result = self._pass(progress)
+                ledger = result.ledger
+                release_free_memory()
+                model = stack.enter_context(result.weights.inside(model))
+            with self.phases("evaluate"):
+                for spec, tokens in zip(self.evaluations, self.windows, strict=True):
+                    nll = window_nll(model, tokens, self.point.batch, partial(progress, "evaluate"))
+                    measurements.append(perplexity(nll, spec))
+            if self.point.export is not None:
+                with self.phases("export"):
+                    artifacts.append(export_memory(self.point.export, model, self.point.model))
+        return ledger, measurements, artifacts
+
+    def streamed(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
+        """One pass over the blocks on disk: quantize one, push evaluation streams through it, export it, drop it."""
+        target, model = self.point.export, self.point.model
+        export = StreamExport(target, self.source, model) if target is not None else None
+        with self.phases("quantize"):  # the evaluation streams' forwards are inside: one trip serves both
+            result = self._pass(progress, self.windows, export)
+        measurements = []
+        with self.phases("evaluate"):
+            for spec, tokens, stream in zip(self.evaluations, self.windows, result.evaluations, strict=True):
+                nll = stream_nll(self.source, stream, tokens, partial(progress, "evaluate"))
                 measurements.append(perplexity(nll, spec))
-        if point.export is not None:
-            with phases("export"):
-                artifacts.append(export_memory(point.export, model, point.model))
-    return ledger, measurements, artifacts
+        with self.phases("export"):
+            artifacts = [export.close()] if export is not None else []
+        return result.ledger, measurements, artifacts
 
-
-def _streamed(
-    point: Point,
-    evaluations: tuple[EvaluationSpec, ...],
-    windows: tuple[torch.Tensor, ...],
-    calibration: torch.Tensor | None,
-    source: Source,
-    session: Session,
-    phases: Phases,
-    resume: ResumePoint,
-    progress: Progress,
-) -> tuple[Ledger, list[Measurement], list[Artifact]]:
-    """One pass over the blocks on disk: quantize one, push the evaluation streams through it, export it, drop it."""
-    export = StreamExport(point.export, source, point.model) if point.export is not None else None
-    with phases("quantize"):  # the evaluation streams' forwards are inside: one trip serves both
-        result = _pass(point, source, calibration, windows, session, resume, progress, export)
-    measurements = []
-    with phases("evaluate"):
-        for spec, tokens, stream in zip(evaluations, windows, result.evaluations, strict=True):
-            nll = stream_nll(source, stream, tokens, lambda done, total: progress("evaluate", done, total))
-            measurements.append(perplexity(nll, spec))
-    with phases("export"):
-        artifacts = [export.close()] if export is not None else []
-    return result.ledger, measurements, artifacts
-
-
-def _pass(
-    point: Point,
-    source: Source,
-    calibration: torch.Tensor | None,
-    windows: tuple[torch.Tensor, ...],
-    session: Session,
-    resume: ResumePoint,
-    progress: Progress,
-    export: StreamExport | None = None,
-) -> PassResult:
-    return run_pass(
-        source,
-        point.recipe,
-        calibration,
-        evaluations=windows,
-        keep_weights=point.source == "memory",
-        structures=session.structure_cache(point.model),
-        receive=export.receive if export is not None else lambda finished: None,
-        resume=resume,
-        progress=lambda done, total: progress("quantize", done, total),
-    )
+    def _pass(
+        self, progress: Progress, windows: tuple[torch.Tensor, ...] = (), export: StreamExport | None = None
+    ) -> PassResult:
+        return run_pass(
+            self.source,
+            self.point.recipe,
+            self.calibration,
+            evaluations=windows,
+            keep_weights=self.point.source == "memory",
+            structures=self.structures,
+            receive=export.receive if export is not None else lambda finished: None,
+            resume=self.resume,
+            progress=partial(progress, "quantize"),
+        )
 
 
 def _sizes(source: Source, ledger: Ledger, dtype: torch.dtype) -> dict[str, float | int]:

@@ -7,6 +7,7 @@ have the same shape: `view.groups` says what the call is about.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
@@ -94,7 +95,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(ABC):
     """Base of all stages: hyperparameters as fields with the authors' defaults; `name` is how a pipeline calls it.
 
     version: raise it when the same options give other numbers; it is part of every run's key.
@@ -111,11 +112,12 @@ class Stage:
         """Tokens of the full-precision stream on which the stage searches through whole modules; 0 for none."""
         return 0
 
-    def check(self, formats: frozenset[TensorFormat]) -> None:
+    def check(self, formats: frozenset[TensorFormat]) -> None:  # noqa: B027 - many stages accept everything
         """Raises SpecError for options or formats that the stage cannot serve; called before any weights load."""
 
+    @abstractmethod
     def apply(self, view: BlockView) -> Outcome:
-        raise NotImplementedError
+        """What the stage decides about `view.groups`; it changes nothing that the view shows."""
 
     @classmethod
     def options(cls) -> dict[str, object]:

@@ -147,5 +147,5 @@ def test_the_key_holds_every_option_whether_written_or_default():
 
 
 def test_a_stage_without_work_says_so():
-    with pytest.raises(NotImplementedError):
-        Stage().apply(None)
+    with pytest.raises(TypeError, match="apply"):
+        Stage()
