@@ -3,6 +3,7 @@
 import _thread
 import copy
 import math
+import signal
 import threading
 import time
 
@@ -163,6 +164,15 @@ def test_an_exception_surfaces_and_leaves_no_thread_behind(where, error):
     assert again.order == [group.index for group in structure.groups]
 
 
+@pytest.fixture
+def interruptible():
+    """A background job of a shell ignores the interrupt; then Python installs no handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("at", [1, 3, 8])
 def test_an_interrupt_of_the_user_leaves_no_thread_behind(at):
     """It reaches the main thread, which waits for a forward in another one."""
