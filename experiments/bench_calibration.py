@@ -21,7 +21,7 @@ from qbench.calibration.samplers import sequential
 from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
-from qbench.formats import TensorFormat
+from qbench.formats import TensorFormat, uniform
 from qbench.measure import PeakMemory, release_free_memory, share_one_heap
 from qbench.models.load import load_model, load_tokenizer
 from qbench.stages.pipeline import Pipeline, build_pipeline
@@ -61,7 +61,7 @@ def main() -> None:
     model = load_model(asset, dtype=torch.float32, device="cpu")
     ids = tokenize(resolve_corpus(options.corpus), load_tokenizer(asset))
     windows = sequential(ids, options.n, options.length)
-    fmt = TensorFormat(bits=options.bits, group_size=options.group_size, symmetric=False)
+    fmt = uniform(bits=options.bits, group_size=options.group_size, symmetric=False)
     print(f"{options.model}, {options.n} x {options.length} tokens, {torch.get_num_threads()} threads, {fmt}")
     forward_seconds(model, windows[:4])  # warm up
     for _ in range(options.repeat):

@@ -13,11 +13,12 @@ from qbench.formats.tensor import PER_TENSOR, QParams, TensorFormat, decode
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes `[out, in]` (uint8 with a zero point, else int8), float32 `scale` and `zero` [rows, groups].
+    """Codes `[out, in]` in the element format's storage, float32 `scale` and `zero` [rows, groups]; `scale_codes` and
+    `outer` say how the scale is stored where it is not stored as itself.
 
     Column j belongs to group j // group_size unless `order` (int64 [in]) is given: then column order[k] is the k-th
     column in quantization order and belongs to group k // group_size (GPTQ's act_order without static groups).
-    Invariant: dequantize() is exactly scale * (code - zero), computed in float32.
+    Invariant: dequantize() is exactly scale * (level - zero), computed in float32, with the level of the code.
     """
 
     codes: Tensor
@@ -25,14 +26,16 @@ class QTensor:
     zero: Tensor | None
     format: TensorFormat
     order: Tensor | None = None
+    scale_codes: Tensor | None = None
+    outer: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """float32 `[out, in]`."""
-        codes = self.codes.float()
+        levels = self.format.element.from_codes(self.codes)
         if self.order is not None:
-            codes = codes[:, self.order]
+            levels = levels[:, self.order]
         params = QParams(self.scale, self.zero)
-        values = self.format.unblocks(decode(self.format.blocks(codes), params), codes.shape)
+        values = self.format.unblocks(decode(self.format.blocks(levels), params), levels.shape)
         if self.order is None:
             return values
         restored = torch.empty_like(values)
@@ -47,7 +50,7 @@ class QTensor:
 
     def sha256(self) -> str:
         """Digest of codes, scales, zero points and what gives them meaning: equal digests are equal weights."""
-        state = hashlib.sha256(f"{list(self.codes.shape)} in groups of {self.format.group_size}\n".encode())
+        state = hashlib.sha256(f"{list(self.codes.shape)} in {self.format.element} {self.format.block}\n".encode())
         for part in (self.codes, self.scale, self.zero, self.order):
             if part is not None:
                 state.update(part.detach().cpu().contiguous().numpy().tobytes())

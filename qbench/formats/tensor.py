@@ -1,147 +1,259 @@
 """Tensor formats: an element format, the block of elements that shares a scale, and how scales are stored.
 
-Weights are `[out, in]`. A group runs along `in` and never straddles rows. With `group_size` n a row has
-ceil(in / n) groups; the last one may be shorter only where `partial_group` says so.
+Tensors are 2-D: weights `[out, in]`, activations `[tokens, features]`, cached keys and values `[tokens, head_dim]` of
+one head. One idea covers every granularity: blocks of `rows` x `columns` elements share a scale, 0 meaning the whole
+axis. Blocks at the lower and right edge may be smaller only where `partial` says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qbench.errors import NumericsError
-from qbench.formats.element import Int
+from qbench.formats.element import Codebook, Element, Int
+from qbench.formats.ranges import Range, RangeFit, extrema, find_range
+from qbench.formats.scale import FLOAT16, SCALES, ScaleFormat
 
 if TYPE_CHECKING:
     from qbench.formats.qtensor import QTensor
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PER_CHANNEL, PER_TENSOR = -1, 0
+
+Zero = Literal["none", "int", "float"]
 
 
 @dataclass(frozen=True)
-class Range:
-    """Smallest and largest value that a block should represent: float [rows, groups] each, lower <= 0 <= upper."""
+class Block:
+    """Elements that share a scale; 0: the whole axis. Tensor (0, 0), row, token or channel (1, 0), group (1, n), tile
+    (r, c), column (0, 1), head (1, head_dim) or (0, head_dim)."""
 
-    lower: Tensor
-    upper: Tensor
+    rows: int = 1
+    columns: int = 0
+
+    @property
+    def label(self) -> str:
+        match (self.rows, self.columns):
+            case (0, 0):
+                return "tensor"
+            case (1, 0):
+                return "channel"
+            case (0, 1):
+                return "column"
+            case (1, n):
+                return f"g{n}"
+        return f"{self.rows or 'all'}x{self.columns or 'all'}"
 
 
 @dataclass(frozen=True)
 class QParams:
-    """Fitted parameters: `scale` float32 [rows, groups] (exactly representable in the format's scale dtype) and
-    `zero` float32 [rows, groups] holding integer codes, or None. rows is 1 where the whole tensor shares a scale."""
+    """Fitted parameters, [rows, groups] each: `scale` float32, exactly what the format stores; `zero` float32 (integers
+    or, with a float zero point, what its dtype holds) or None. `scale_codes` and `outer`: how the scale is stored,
+    where that is not itself (see `Stored`)."""
 
     scale: Tensor
     zero: Tensor | None
+    scale_codes: Tensor | None = None
+    outer: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFormat:
-    """Uniform integer weights with one scale (and zero point) per tensor (0), row (-1) or group of a row (n > 0)."""
+    """What a quantized tensor consists of. `name` is a published format's; `range` is how ranges are fitted."""
 
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale: str = "float16"
-    partial_group: bool = False
+    element: Element
+    block: Block = Block()
+    zero: Zero = "none"
+    scale: ScaleFormat = FLOAT16
+    partial: bool = False
+    range: RangeFit = field(default_factory=RangeFit)
+    name: str | None = None
 
     @property
-    def element(self) -> Int:
-        return Int(self.bits, signed=self.symmetric)
+    def group_size(self) -> int:
+        """Columns per scale; -1 for a whole row, 0 for the whole tensor."""
+        return {(0, 0): PER_TENSOR, (1, 0): PER_CHANNEL}.get((self.block.rows, self.block.columns), self.block.columns)
 
-    def fits(self, in_features: int) -> bool:
-        return self.group_size <= 0 or self.partial_group or in_features % self.group_size == 0
+    @property
+    def bits(self) -> float:
+        return self.element.bits
 
-    def width(self, in_features: int) -> int:
-        """Columns per group."""
-        return self.group_size if self.group_size > 0 else in_features
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == "none"
 
-    def groups(self, in_features: int) -> int:
-        return -(-in_features // self.width(in_features))
+    @property
+    def by_row(self) -> bool:
+        """Whether no two rows share a scale."""
+        return self.block.rows == 1
 
-    def parameter_bits(self) -> int:
-        """Bits that one block's parameters take: the scale and, where there is one, a zero point of `bits` bits."""
-        return SCALE_DTYPES[self.scale].itemsize * 8 + (0 if self.symmetric else self.bits)
+    @cached_property
+    def label(self) -> str:
+        """Short name such as `int4_g64_asym` or `nvfp4`."""
+        if self.name is not None:
+            return self.name
+        zero = {"none": "sym", "int": "asym", "float": "asym-float"}[self.zero]
+        words = [self.element.name, self.block.label, *([zero] if isinstance(self.element, Int) else [])]
+        if self.scale.name != "float16":
+            words.append(self.scale.name)
+        if self.range.method != ("absmean" if self.element.name == "ternary" else "minmax"):
+            words.append(self.range.method)
+        return "_".join(words)
+
+    def fits(self, columns: int, rows: int | None = None) -> bool:
+        """Whether blocks tile a tensor of that many columns (and rows) without a rest, or may leave one."""
+        down = rows is None or self.block.rows <= 1 or rows % self.block.rows == 0
+        return self.partial or (down and (self.block.columns == 0 or columns % self.block.columns == 0))
+
+    def width(self, columns: int) -> int:
+        """Columns per block."""
+        return self.block.columns or columns
+
+    def groups(self, columns: int) -> int:
+        return -(-columns // self.width(columns))
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Number of blocks down and across a tensor [rows, columns]."""
+        return -(-shape[0] // (self.block.rows or shape[0])), self.groups(shape[1])
+
+    def block_sizes(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        """Number of elements of every block, float32 [rows, groups]."""
+        down, across = self.grid(shape)
+        height, width = self.block.rows or shape[0], self.width(shape[1])
+        tall = (shape[0] - height * torch.arange(down, device=device)).clamp_max(height)
+        wide = (shape[1] - width * torch.arange(across, device=device)).clamp_max(width)
+        return (tall[:, None] * wide[None, :]).float()
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
-        """Bits of codes, scales and zero points of one `[out, in]` weight."""
-        rows = 1 if self.group_size == PER_TENSOR else out_features
-        return out_features * in_features * self.bits + rows * self.groups(in_features) * self.parameter_bits()
+        """Bits of codes, scales and zero points of one tensor: exactly what packing writes, but for a last byte."""
+        down, across = self.grid((out_features, in_features))
+        zeros = 0
+        if self.zero == "int":
+            zeros = down * across * self.element.bits
+        elif self.zero == "float":
+            zeros = down * across * 16
+        return code_bits(self.element, out_features * in_features) + self.scale.bits(down, across) + int(zeros)
 
     def blocks(self, x: Tensor) -> Tensor:
-        """View (a zero-padded copy where the last group is short) of x `[out, in]` as [rows, groups, elements].
+        """View (a copy where blocks span rows; zero-padded at a smaller edge) of x `[rows, columns]` as [block rows,
+        groups, elements].
 
-        Zeros change no range: every range includes 0.
+        Zeros change no range that includes 0.
         """
-        if self.group_size == PER_TENSOR:
-            return x.reshape(1, 1, -1)
-        width, groups = self.width(x.shape[1]), self.groups(x.shape[1])
-        missing = groups * width - x.shape[1]
-        return (F.pad(x, (0, missing)) if missing else x).reshape(x.shape[0], groups, width)
+        rows, columns = x.shape
+        height, width = self.block.rows or rows, self.block.columns or columns
+        down, across = -(-rows // height), -(-columns // width)
+        if (down * height, across * width) != (rows, columns):
+            x = F.pad(x, (0, across * width - columns, 0, down * height - rows))
+        if height == 1 or across == 1:
+            return x.reshape(down, across, height * width)
+        return x.reshape(down, height, across, width).transpose(1, 2).reshape(down, across, height * width)
 
     def unblocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `blocks`."""
-        if self.group_size == PER_TENSOR:
-            return blocks.reshape(shape)
-        return blocks.reshape(shape[0], -1)[:, : shape[1]]
+        rows, columns = shape
+        height, width = self.block.rows or rows, self.block.columns or columns
+        down, across = blocks.shape[:2]
+        if height != 1 and across != 1:
+            blocks = blocks.reshape(down, across, height, width).transpose(1, 2)
+        return blocks.reshape(down * height, across * width)[:rows, :columns]
 
 
-def extrema(x: Tensor, fmt: TensorFormat) -> Range:
-    """Min-max range of every block of x `[out, in]`, extended to include 0 so that the zero point exists."""
-    lower, upper = fmt.blocks(x).aminmax(dim=-1)
-    return Range(lower.clamp_max(0), upper.clamp_min(0))
+def uniform(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale: str = "float16",
+    partial: bool = False,
+) -> TensorFormat:
+    """Uniform integers with one scale (and integer zero point) per tensor (0), row (-1) or group of a row (n > 0)."""
+    block = {PER_TENSOR: Block(0, 0), PER_CHANNEL: Block(1, 0)}.get(group_size, Block(1, group_size))
+    return TensorFormat(
+        element=Int(bits, signed=symmetric),
+        block=block,
+        zero="none" if symmetric else "int",
+        scale=SCALES[scale],
+        partial=partial,
+    )
 
 
-def fit(x: Tensor, fmt: TensorFormat, clip: Range | None = None) -> QParams:
-    """Scale and zero point of every block of x (float `[out, in]`), from `clip` or from the blocks' extrema.
+def code_bits(element: Element, count: int) -> int:
+    """Bits of `count` packed codes: five ternary ones share a byte, others lie end to end."""
+    if isinstance(element, Codebook) and element.bits != int(element.bits):
+        per_byte = int(8 / element.bits)
+        return 8 * -(-count // per_byte)
+    return count * int(element.bits)
 
-    Asymmetric: s = (hi - lo) / (2^b - 1), z = round(-lo / s) clamped to codes. Symmetric: s = 2 max|x| / (2^b - 1)
-    on codes -2^(b-1) … 2^(b-1)-1, the convention of GPTQ's authors and of compressed-tensors, not max|x| / (2^(b-1)-1).
-    The scale is rounded to its storage dtype before anything is encoded with it. A block of zeros gets s = 1.
+
+def shared_scale(x: Tensor, fmt: TensorFormat) -> Tensor | None:
+    """What all scales of x share (see `ScaleFormat.outer`); None where they share nothing."""
+    if not fmt.scale.needs_outer:
+        return None
+    bounds = extrema(x.float(), fmt)
+    return fmt.scale.outer(torch.maximum(-bounds.lower, bounds.upper), fmt.element.extent)
+
+
+def fit(x: Tensor, fmt: TensorFormat, clip: Range | None = None, outer: Tensor | None = None) -> QParams:
+    """Scale and zero point of every block of x (float `[out, in]`), from `clip` or by the format's range fitting.
+
+    Integer zero: s = (hi - lo) / (2^b - 1), z = round(-lo / s) clamped to codes. Float zero: the same s, z = -lo / s in
+    float16. None: s = max|x| / extent of the element format (see `Int.reach`: 2 max|x| / (2^b - 1) unless told
+    otherwise). The scale is rounded to its storage before anything is encoded with it. outer: what scales share, where
+    it comes from more than this tensor.
 
     Raises NumericsError where the range is not finite or the scale overflows its dtype.
     """
-    bounds = clip or extrema(x, fmt)
+    if outer is None:
+        outer = shared_scale(x, fmt)
+    bounds = clip or find_range(x.float(), fmt, outer)
     lower, upper = bounds.lower.float(), bounds.upper.float()
-    spread = 2 * torch.maximum(-lower, upper) if fmt.symmetric else upper - lower
-    scale = spread / fmt.element.steps
-    stored = scale.to(SCALE_DTYPES[fmt.scale])
-    tiny = torch.finfo(stored.dtype).smallest_normal * torch.finfo(stored.dtype).eps  # smallest subnormal
-    stored = torch.where((stored == 0) & (scale > 0), torch.full_like(stored, tiny), stored).float()
-    if not torch.isfinite(stored).all():
-        raise NumericsError(
-            f"scale is not finite in {fmt.scale}: largest range {spread.max().item():g}; "
-            "NaN or infinite weights, or scale_dtype=float32 is needed"
-        )
-    stored = torch.where(stored == 0, torch.ones_like(stored), stored)
-    if fmt.symmetric:
-        return QParams(stored, None)
-    return QParams(stored, (-lower / stored).round_().clamp_(0, fmt.element.maximum))
+    element = fmt.element
+    if fmt.zero == "none":
+        largest = torch.maximum(-lower, upper)
+        if isinstance(element, Int) and element.reach == "full":
+            largest = torch.where(upper > -lower, -largest, largest)
+        stored = fmt.scale.store(largest, element.extent, outer)
+        return QParams(stored.value, None, stored.codes, stored.outer)
+    stored = fmt.scale.store(upper - lower, element.steps, outer)
+    if fmt.zero == "int":
+        zero = (-lower / stored.value).round_().clamp_(0, element.maximum)
+    else:
+        limit = torch.finfo(torch.float16).max
+        zero = (-lower / stored.value).clamp_(-limit, limit).to(torch.float16).float()
+    return QParams(stored.value, zero, stored.codes, stored.outer)
 
 
 def encode(blocks: Tensor, fmt: TensorFormat, params: QParams) -> Tensor:
-    """Codes (as float) of [rows, groups, elements]: nearest, ties to even, saturating."""
-    codes = (blocks / params.scale[..., None]).round_()
+    """Levels (float32) of [rows, groups, elements], before zero points are taken off: nearest, ties to even,
+    saturating."""
+    if fmt.scale.name == "int8":
+        # Two levels: first to the int8 codes of the row, then to the group's grid on them.
+        codes = (blocks / params.outer[..., None]).round_().clamp_(-127, 127)
+        levels = codes.div_((params.scale / params.outer)[..., None])
+    else:
+        levels = blocks / params.scale[..., None]
+    if params.zero is None:
+        return fmt.element.nearest(levels)
+    if fmt.zero == "float":
+        return fmt.element.nearest(levels.add_(params.zero[..., None]))
+    levels = levels.round_().add_(params.zero[..., None])
+    return levels.clamp_(fmt.element.minimum, fmt.element.maximum)
+
+
+def decode(levels: Tensor, params: QParams) -> Tensor:
+    """Values s (q - z) of levels [rows, groups, elements]; overwrites `levels`."""
     if params.zero is not None:
-        codes += params.zero[..., None]
-    return codes.clamp_(fmt.element.minimum, fmt.element.maximum)
+        levels -= params.zero[..., None]
+    return levels.mul_(params.scale[..., None])
 
 
-def decode(codes: Tensor, params: QParams) -> Tensor:
-    """Values s (q - z) of float codes [rows, groups, elements]; overwrites `codes`."""
-    if params.zero is not None:
-        codes -= params.zero[..., None]
-    return codes.mul_(params.scale[..., None])
-
-
-def fake_quantize(x: Tensor, fmt: TensorFormat, clip: Range | None = None) -> Tensor:
+def fake_quantize(x: Tensor, fmt: TensorFormat, clip: Range | None = None, outer: Tensor | None = None) -> Tensor:
     """Quantize and decode x (float32 `[out, in]`) without keeping codes: what a search evaluates many times."""
-    params = fit(x, fmt, clip)
+    params = fit(x, fmt, clip, outer)
     return fmt.unblocks(decode(encode(fmt.blocks(x), fmt, params), params), x.shape)
 
 
@@ -150,5 +262,6 @@ def quantize(x: Tensor, fmt: TensorFormat, params: QParams | None = None) -> QTe
     from qbench.formats.qtensor import QTensor
 
     params = params or fit(x, fmt)
-    codes = fmt.unblocks(encode(fmt.blocks(x.float()), fmt, params), x.shape)
-    return QTensor(codes.to(fmt.element.storage), params.scale, params.zero, fmt)
+    levels = fmt.unblocks(encode(fmt.blocks(x.float()), fmt, params), x.shape)
+    codes = fmt.element.to_codes(levels)
+    return QTensor(codes, params.scale, params.zero, fmt, scale_codes=params.scale_codes, outer=params.outer)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from qbench.calibration.statistics import Hessian
 from qbench.formats import Range, TensorFormat, fake_quantize
-from qbench.formats.tensor import PER_TENSOR, extrema
+from qbench.formats.ranges import extrema
+from qbench.formats.tensor import PER_TENSOR
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 
 ClipRange = Literal["symmetric", "asymmetric"]

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from qbench.assets import resolve_model
 from qbench.calibration.corpora import pydoc_split
 from qbench.engine.loop import Recipe
-from qbench.formats import TensorFormat
+from qbench.formats import uniform
 from qbench.models.load import load_tokenizer
 from qbench.stages.pipeline import build_pipeline
 from qbench.structure.blocks import capture_calls, find_blocks
@@ -26,7 +26,7 @@ ALGORITHMS = {
 
 def recipe(algorithm, *, bits=3, group_size=8, symmetric=False, scale="float16", **options):
     """A recipe; `options` are {stage: {option: value}}."""
-    fmt = TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale)
+    fmt = uniform(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale)
     nodes = [{"stage": name, **options.get(name, {})} for name in ALGORITHMS[algorithm]]
     pipeline = build_pipeline(nodes)
     pipeline.check(frozenset({fmt}))

@@ -14,7 +14,7 @@ from qbench.engine.loop import FUNCTION_TOLERANCE, Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
 from qbench.engine.streams import chunked
-from qbench.formats import TensorFormat, quantize
+from qbench.formats import quantize, uniform
 from qbench.stages.base import Need
 from qbench.stages.gptq_core import gptq
 from qbench.stages.pipeline import Pipeline
@@ -50,7 +50,7 @@ def test_rounding_to_nearest_rounds_every_linear_weight_and_nothing_else(name):
         structure = structure_of(model, torch.arange(8)[None], index)
         for ref in (ref for group in structure.groups for ref in group.weights):
             name_in_model = f"{prefix}.{index}.{ref.parameter}"
-            fmt = TensorFormat(bits=3, group_size=8, symmetric=False)
+            fmt = uniform(bits=3, group_size=8, symmetric=False)
             if expected[name_in_model] is before[name_in_model]:
                 expected[name_in_model] = before[name_in_model].clone()
             rounded = quantize(ref.read(block).contiguous(), fmt).dequantize()
@@ -71,7 +71,7 @@ def test_gptq_is_true_sequential_over_groups_and_blocks(name, group_size, chunks
     model, calibration = _model(name, batch=10)
     chunks(36)
     found = _run(model, recipe("gptq", group_size=group_size), calibration).weights.tensors
-    fmt = TensorFormat(bits=3, group_size=group_size, symmetric=False)
+    fmt = uniform(bits=3, group_size=group_size, symmetric=False)
     naive = copy.deepcopy(model)
     capture_calls(naive, calibration[:1])  # experts one by one, as the engine has them
     prefix, blocks = find_blocks(naive)
@@ -111,7 +111,7 @@ class _Quantized(_Full):
 
 def _statistics(kind, model, calibration):
     stage = kind(seen=[])
-    fmt = TensorFormat(bits=3, group_size=8, symmetric=False)
+    fmt = uniform(bits=3, group_size=8, symmetric=False)
     result = _run(model, Recipe(Pipeline((stage,)), fmt), calibration)
     return stage.seen, result
 
@@ -138,7 +138,7 @@ def _close(found, expected):
 def test_statistics_are_those_of_whole_forwards_in_every_chunking(name, size, chunks):
     model, calibration = _model(name, batch=5)
     chunks(size)
-    fmt = TensorFormat(bits=3, group_size=8, symmetric=False)
+    fmt = uniform(bits=3, group_size=8, symmetric=False)
 
     def leave(block, group):
         pass

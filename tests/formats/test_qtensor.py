@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qbench.formats import QTensor, TensorFormat, quantize
+from qbench.formats import QTensor, quantize, uniform
 
 
 def _weights(rows=5, columns=12, seed=0):
@@ -16,7 +16,7 @@ def test_groups_follow_the_quantization_order(symmetric, group_size):
     """Column order[k] belongs to group k // group_size: element by element, against the definition."""
     w = _weights()
     order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(3))
-    fmt = TensorFormat(bits=4, group_size=group_size, symmetric=symmetric, partial_group=True)
+    fmt = uniform(bits=4, group_size=group_size, symmetric=symmetric, partial=True)
     permuted = quantize(w[:, order], fmt)
     codes = torch.empty_like(permuted.codes)
     codes[:, order] = permuted.codes
@@ -31,13 +31,13 @@ def test_groups_follow_the_quantization_order(symmetric, group_size):
 def test_an_order_costs_a_group_index_per_column_unless_rows_or_tensors_share_a_scale():
     w, order = _weights(), torch.arange(12)
     for group_size, extra in [(4, 32 * 12), (-1, 0), (0, 0)]:
-        plain = quantize(w, TensorFormat(bits=3, group_size=group_size, symmetric=False))
+        plain = quantize(w, uniform(bits=3, group_size=group_size, symmetric=False))
         ordered = QTensor(plain.codes, plain.scale, plain.zero, plain.format, order)
         assert ordered.storage_bits() == plain.storage_bits() + extra
 
 
 def test_dequantizing_leaves_the_codes_alone():
-    found = quantize(_weights(), TensorFormat(bits=4, group_size=4, symmetric=False))
+    found = quantize(_weights(), uniform(bits=4, group_size=4, symmetric=False))
     codes, scale = found.codes.clone(), found.scale.clone()
     assert torch.equal(found.dequantize(), found.dequantize())
     assert torch.equal(found.codes, codes)
@@ -47,7 +47,7 @@ def test_dequantizing_leaves_the_codes_alone():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_digest_changes_with_everything_that_changes_the_weights(symmetric):
     w = _weights()
-    fmt = TensorFormat(bits=4, group_size=4, symmetric=symmetric)
+    fmt = uniform(bits=4, group_size=4, symmetric=symmetric)
     base = quantize(w, fmt)
     assert quantize(w.clone(), fmt).sha256() == base.sha256()
     codes, scale = base.codes.clone(), base.scale.clone()
@@ -57,7 +57,7 @@ def test_the_digest_changes_with_everything_that_changes_the_weights(symmetric):
         QTensor(codes, base.scale, base.zero, fmt),
         QTensor(base.codes, scale, base.zero, fmt),
         QTensor(base.codes, base.scale, base.zero, fmt, torch.arange(12).flip(0)),
-        quantize(w.reshape(10, 6), TensorFormat(bits=4, group_size=3, symmetric=symmetric)),
+        quantize(w.reshape(10, 6), uniform(bits=4, group_size=3, symmetric=symmetric)),
         quantize(w.reshape(15, 4), fmt),
     ]
     if not symmetric:
@@ -71,9 +71,9 @@ def test_the_digest_tells_shapes_and_groups_apart():
     codes, scale = torch.arange(10, dtype=torch.int8).view(2, 5), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     found = []
     for group_size in (3, 4):
-        fmt = TensorFormat(bits=8, group_size=group_size, symmetric=True, partial_group=True)
+        fmt = uniform(bits=8, group_size=group_size, symmetric=True, partial=True)
         found.append(QTensor(codes, scale, None, fmt))
-    whole = TensorFormat(bits=8, group_size=0, symmetric=True)
+    whole = uniform(bits=8, group_size=0, symmetric=True)
     found += [QTensor(codes.view(shape), torch.ones(1, 1), None, whole) for shape in [(2, 5), (5, 2)]]
     values = [tensor.dequantize() for tensor in found]
     assert not torch.equal(values[0], values[1])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from qbench.errors import NumericsError
-from qbench.formats import SCALE_DTYPES, QParams, Range, TensorFormat, fake_quantize, fit, quantize
-from qbench.formats.tensor import extrema
+from qbench.formats import QParams, Range, fake_quantize, fit, quantize, uniform
+from qbench.formats.ranges import extrema
+from qbench.formats.scale import DTYPES as SCALE_DTYPES
 
 BITS = range(2, 9)
 GROUPS = [0, -1, 1, 5, 8]
@@ -19,7 +20,7 @@ both_zeros = pytest.mark.parametrize("symmetric", SYMMETRIC)
 
 
 def _format(bits, group_size, symmetric, **options):
-    return TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, partial_group=True, **options)
+    return uniform(bits=bits, group_size=group_size, symmetric=symmetric, partial=True, **options)
 
 
 def _weights(rows=7, columns=21, seed=0):
@@ -206,10 +207,10 @@ def test_blocks_are_rows_cut_every_group_size_columns(group_size):
 
 @pytest.mark.parametrize(("width", "partial", "fits"), [(24, False, True), (20, False, False), (20, True, True)])
 def test_a_group_size_fits_where_it_divides_or_a_short_group_is_allowed(width, partial, fits):
-    fmt = TensorFormat(bits=4, group_size=8, symmetric=False, partial_group=partial)
+    fmt = uniform(bits=4, group_size=8, symmetric=False, partial=partial)
     assert fmt.fits(width) is fits
     for group_size in (0, -1):
-        assert TensorFormat(bits=4, group_size=group_size, symmetric=False).fits(width)
+        assert uniform(bits=4, group_size=group_size, symmetric=False).fits(width)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ GOLDEN = {
 )
 def test_error_on_a_normal_distribution_is_the_published_one(group_size, symmetric, bits):
     w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    fmt = TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale="float32")
+    fmt = uniform(bits=bits, group_size=group_size, symmetric=symmetric, scale="float32")
     error = (fake_quantize(w, fmt) - w).square().mean().item()
     assert error == pytest.approx(GOLDEN[group_size, symmetric][bits], rel=0.03)
 

@@ -5,8 +5,8 @@ import torch
 
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
-from qbench.formats import TensorFormat, fake_quantize
-from qbench.formats.tensor import extrema
+from qbench.formats import fake_quantize, uniform
+from qbench.formats.ranges import extrema
 from qbench.stages.range_awq_clip import ROWS, awq_clip, diagonal_blocks
 from tests.architectures import tiny_model, tokens
 from tests.engine.helpers import recipe
@@ -18,7 +18,7 @@ every_block = pytest.mark.parametrize("group_size", [0, -1, 8, 7])
 
 
 def _format(bits, group_size, symmetric):
-    return TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, partial_group=True)
+    return uniform(bits=bits, group_size=group_size, symmetric=symmetric, partial=True)
 
 
 def _problem(rows=6, columns=24):

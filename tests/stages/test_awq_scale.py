@@ -7,7 +7,7 @@ import torch
 
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
-from qbench.formats import TensorFormat
+from qbench.formats import uniform
 from qbench.stages.transform_awq import SMALLEST, awq_scale, hessian_error, weight_salience
 from qbench.structure.blocks import capture_calls, find_blocks
 from tests.architectures import tiny_model, tokens
@@ -49,7 +49,7 @@ def test_duo_scaling_divides_by_the_weights_own_salience():
 @pytest.mark.parametrize("group_size", [0, -1, 4, 5])
 def test_weight_salience_is_the_mean_share_of_the_groups_maximum(group_size):
     weights = [torch.randn(rows, 12, generator=torch.Generator().manual_seed(rows)) for rows in (3, 5)]
-    fmt = TensorFormat(bits=4, group_size=group_size, symmetric=False, partial_group=True)
+    fmt = uniform(bits=4, group_size=group_size, symmetric=False, partial=True)
     total = torch.zeros(12, dtype=torch.float64)
     for weight in weights:
         for row in weight:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qbench.errors import NumericsError
-from qbench.formats import Range, TensorFormat, fit, quantize
-from qbench.formats.tensor import extrema
+from qbench.formats import Range, fit, quantize, uniform
+from qbench.formats.ranges import extrema
 from qbench.stages.gptq_core import gptq, inverse_cholesky
 from tests.stages.references import correlated_inputs, output_error, round_to_nearest, second_moment
 
@@ -20,7 +20,7 @@ def _weight(rows=10, columns=40, seed=0):
 
 
 def _format(bits=3, group_size=-1, symmetric=False):
-    return TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, partial_group=True)
+    return uniform(bits=bits, group_size=group_size, symmetric=symmetric, partial=True)
 
 
 def _hessian(columns=40, tokens=200, seed=0):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qbench.formats import TensorFormat
+from qbench.formats import uniform
 from qbench.stages.gptq_core import gptq
 from tests.stages.references import correlated_inputs, optimal_brain_quantizer, second_moment
 
@@ -33,7 +33,7 @@ def _agrees(weight, hessian, fmt, reference_order=None, **options):
 
 
 def _format(bits, symmetric, group_size):
-    return TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, partial_group=True)
+    return uniform(bits=bits, group_size=group_size, symmetric=symmetric, partial=True)
 
 
 @pytest.mark.parametrize("size", SIZES)

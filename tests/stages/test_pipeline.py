@@ -7,14 +7,14 @@ import pytest
 
 from qbench.calibration.statistics import AbsMean, Hessian
 from qbench.errors import SpecError
-from qbench.formats import TensorFormat
+from qbench.formats import uniform
 from qbench.spec import ModelSpec, RunSpec
 from qbench.stages.base import Kind, Stage
 from qbench.stages.pipeline import Pipeline, build_pipeline, stage_types
 
 SCALE, CLIP, RTN, GPTQ = ({"stage": name} for name in ("awq_scale", "awq_clip", "rtn", "gptq"))
-GROUPED = frozenset({TensorFormat(bits=4, group_size=8, symmetric=False)})
-PER_CHANNEL = frozenset({TensorFormat(bits=4, group_size=-1, symmetric=False)})
+GROUPED = frozenset({uniform(bits=4, group_size=8, symmetric=False)})
+PER_CHANNEL = frozenset({uniform(bits=4, group_size=-1, symmetric=False)})
 
 
 def _key(nodes):

@@ -11,8 +11,8 @@ from qbench.engine.passes import StructureCache, embed
 from qbench.engine.probe import Probe
 from qbench.engine.source import MemorySource
 from qbench.errors import NumericsError
-from qbench.formats import Range, TensorFormat, fit, quantize
-from qbench.formats.tensor import extrema
+from qbench.formats import Range, fit, quantize, uniform
+from qbench.formats.ranges import extrema
 from qbench.stages.base import BlockView
 from qbench.stages.gptq_core import gptq
 from qbench.stages.pipeline import stage_types
@@ -43,7 +43,7 @@ def _view(name="llama", *, group_size=8, symmetric=False, clipped=()):
             statistic.update(x)
 
     stream.observe(block, 0, structure, observe)
-    fmt = TensorFormat(bits=3, group_size=group_size, symmetric=symmetric)
+    fmt = uniform(bits=3, group_size=group_size, symmetric=symmetric)
     refs = [ref for group in structure.groups for ref in group.weights]
     ranges = {}
     for ref in refs:

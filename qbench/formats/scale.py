@@ -1,0 +1,239 @@
+"""How scales are stored: a scale is a number in a format of its own, which may need a scale again."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qbench.errors import NumericsError
+from qbench.formats.element import Codebook, Float
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+E4M3 = Float(4, 3, "fn")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Scales of all blocks: `value` float32 [rows, groups] as they are used, `codes` uint8 as they are stored (None
+    where the value itself is), `outer` what gives the codes meaning (None where nothing does)."""
+
+    value: Tensor
+    codes: Tensor | None = None
+    outer: Tensor | None = None
+
+
+class ScaleFormat(ABC):
+    """What scales are rounded to. `spread` is the length in x that `extent` levels cover, so the ideal scale is
+    spread / extent, [rows, groups] per block.
+
+    needs_outer: scales share a number (see `outer`) that has to be known before the first is stored. whole: scales are
+    stored together, so that no block's scale is known before all are.
+    """
+
+    name: str
+    needs_outer: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+
+    @abstractmethod
+    def bits(self, rows: int, groups: int) -> int:
+        """Storage of all scales."""
+
+    @abstractmethod
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        """Rounded scales, never 0; a block of zeros (spread 0) gets one that decodes zeros to zeros."""
+
+    def outer(self, amax: Tensor, extent: float) -> Tensor | None:
+        """What all scales share, from max|x| of every block, [rows, groups]."""
+        return None
+
+    def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """float32 [rows, groups] from what was stored."""
+        raise NotImplementedError(f"{self.name} scales have no codes")
+
+
+@dataclass(frozen=True)
+class FloatScale(ScaleFormat):
+    """float32, float16 or bfloat16. What would underflow becomes the smallest subnormal number."""
+
+    dtype: str = "float16"
+
+    @property
+    def name(self) -> str:
+        return self.dtype
+
+    def bits(self, rows: int, groups: int) -> int:
+        return rows * groups * DTYPES[self.dtype].itemsize * 8
+
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        scale = spread / extent
+        stored = scale.to(DTYPES[self.dtype])
+        info = torch.finfo(stored.dtype)
+        tiny = math.copysign(info.smallest_normal * info.eps, 1.0)  # the smallest subnormal
+        underflowed = (stored == 0) & (scale != 0)
+        value = torch.where(underflowed, torch.copysign(torch.full_like(scale, tiny), scale), stored.float())
+        _require_finite(value, spread, f"in {self.dtype}", "scale_dtype=float32 is needed")
+        return Stored(torch.where(value == 0, torch.ones_like(value), value))
+
+
+@dataclass(frozen=True)
+class PowerOfTwo(ScaleFormat):
+    """E8M0 (OCP MX v1.0): 2^(code - 127). "floor" is the standard's rule, floor(log2 max|x|) less the exponent of the
+    largest level, which saturates the top values; "ceil" takes the smallest power that saturates nothing."""
+
+    rounding: Literal["floor", "ceil"] = "floor"
+
+    @property
+    def name(self) -> str:
+        return "e8m0" if self.rounding == "floor" else "e8m0ceil"
+
+    def bits(self, rows: int, groups: int) -> int:
+        return rows * groups * 8
+
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        _require_finite(spread, spread, "in e8m0", "they cannot be quantized")
+        _, largest = torch.frexp(spread)  # spread = m 2^e with m in [1/2, 1)
+        top = math.frexp(extent)[1]
+        exponent = largest - top
+        if self.rounding == "ceil":
+            # One more where the exponents alone would let spread / 2^exponent exceed the extent.
+            exponent = exponent + (torch.ldexp(spread, -exponent) > extent).int()
+        exponent = torch.where(spread == 0, -127, exponent.clamp(-127, 127))
+        codes = (exponent + 127).to(torch.uint8)
+        return Stored(self.value(codes, None, tuple(codes.shape)), codes)
+
+    def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        exponent = codes.to(torch.int32) - 127
+        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
+@dataclass(frozen=True)
+class Fp8Scale(ScaleFormat):
+    """E4M3 with one float32 number per tensor (NVFP4): G = 448 extent / max|x| over the tensor, code = e4m3(G · ideal),
+    scale = code / G. A block too small for E4M3 gets its smallest subnormal, so that no scale is 0."""
+
+    needs_outer: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "e4m3"
+
+    def bits(self, rows: int, groups: int) -> int:
+        return rows * groups * 8 + 32
+
+    def outer(self, amax: Tensor, extent: float) -> Tensor:
+        largest = amax.max().float()
+        _require_finite(largest, largest, "in e4m3", "they cannot be quantized")
+        found = E4M3.maximum * extent / largest
+        return torch.where(torch.isfinite(found), found, torch.ones_like(found)).view(1, 1)
+
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        ideal = (spread / extent * outer).clamp_min_(2.0**-9)
+        _require_finite(ideal, spread, "in e4m3", "they cannot be quantized")
+        codes = E4M3.encode(ideal)
+        return Stored(self.value(codes, outer, tuple(codes.shape)), codes, outer)
+
+    def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return E4M3.from_codes(codes) / outer
+
+
+@dataclass(frozen=True)
+class IntegerScale(ScaleFormat):
+    """Integers 1 … 255 in units of one float16 scale per row: two-level formats such as INT4 groups inside INT8
+    channels (QServe, DGQ). The row's scale is max|x| / `protected`: 119 instead of 127 leaves room so that no decoded
+    value leaves the int8 range."""
+
+    protected: int = 119
+    needs_outer: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def bits(self, rows: int, groups: int) -> int:
+        return rows * groups * 8 + rows * 16
+
+    def outer(self, amax: Tensor, extent: float) -> Tensor:
+        """float32 [rows, 1], representable in float16."""
+        return FloatScale("float16").store(amax.amax(dim=1, keepdim=True).float(), self.protected).value
+
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        _require_finite(spread, spread, "in int8", "they cannot be quantized")
+        codes = (spread / extent / outer).round_().clamp_(1, 255).to(torch.uint8)
+        return Stored(self.value(codes, outer, tuple(codes.shape)), codes, outer)
+
+    def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return codes.float() * outer
+
+
+@dataclass(frozen=True)
+class DoubleQuantized(ScaleFormat):
+    """QLoRA's double quantization (arXiv 2305.14314): scales less their mean, in blocks of 256 over the whole tensor,
+    each divided by its largest magnitude and rounded to an 8-bit dynamic map; mean and magnitudes are float32."""
+
+    block: int = 256
+    whole: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "dq8"
+
+    def bits(self, rows: int, groups: int) -> int:
+        return rows * groups * 8 + 32 * (1 + -(-rows * groups // self.block))
+
+    def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
+        ideal = spread / extent
+        _require_finite(ideal, spread, "in dq8", "they cannot be quantized")
+        mean = ideal.mean()
+        flat = (ideal - mean).flatten()
+        padded = torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
+        largest = padded.abs().amax(dim=1)
+        codes = dynamic_map().encode(padded / torch.where(largest == 0, 1.0, largest)[:, None])
+        codes = codes.flatten()[: len(flat)].view(ideal.shape)
+        outer = torch.cat([mean[None], largest])
+        value = self.value(codes, outer, tuple(ideal.shape))
+        # A scale that the map rounds to 0 or below could not divide; its codes then decode to almost nothing anyway.
+        return Stored(value, codes, outer)
+
+    def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        flat = dynamic_map().from_codes(codes.flatten())
+        largest = outer[1:].repeat_interleave(self.block)[: len(flat)]
+        value = (flat * largest + outer[0]).view(shape)
+        tiny = torch.finfo(torch.float32).smallest_normal
+        return torch.where(value <= 0, torch.where(outer[0] > 0, outer[0] * 1e-3, tiny), value)
+
+
+def dynamic_map() -> Codebook:
+    """The signed 8-bit dynamic data type (Dettmers, arXiv 2110.02861): for i = 0 … 6, the middles of 2^i equal parts of
+    [0.1, 1], times 10^(i-6), with both signs; 0; and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        count = 2**i
+        for k in range(count):
+            middle = 0.1 + 0.9 * (k + 0.5) / count
+            values += [middle * 10.0 ** (i - 6), -middle * 10.0 ** (i - 6)]
+    return Codebook("dynamic8", tuple(sorted(values)), 8)
+
+
+FLOAT16 = FloatScale("float16")
+SCALES: dict[str, ScaleFormat] = {
+    "float16": FLOAT16,
+    "bfloat16": FloatScale("bfloat16"),
+    "float32": FloatScale("float32"),
+    "e8m0": PowerOfTwo("floor"),
+    "e8m0ceil": PowerOfTwo("ceil"),
+    "e4m3": Fp8Scale(),
+    "int8": IntegerScale(),
+    "dq8": DoubleQuantized(),
+}
+
+
+def _require_finite(value: Tensor, spread: Tensor, where: str, remedy: str) -> None:
+    if not torch.isfinite(value).all():
+        raise NumericsError(
+            f"scale is not finite {where}: largest range {spread.max().item():g}; NaN or infinite weights, or {remedy}"
+        )
