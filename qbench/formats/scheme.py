@@ -74,7 +74,7 @@ class Override:
 
     modules: str | None = None
     blocks: tuple[int, ...] | None = None
-    roles: frozenset[str] = frozenset()
+    roles: tuple[str, ...] = ()
     weight: TensorFormat | None = None
     input: InputFormat | None = None
     cache: CacheFormat | None = None
