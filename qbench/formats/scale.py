@@ -32,12 +32,13 @@ class ScaleFormat(ABC):
     spread / extent, [rows, groups] per block.
 
     needs_outer: scales share a number (see `outer`) that has to be known before the first is stored. whole: scales are
-    stored together, so that no block's scale is known before all are.
+    stored together, so that no block's scale is known before all are. by_row: scales of different rows share nothing.
     """
 
     name: str
     needs_outer: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
 
     @abstractmethod
     def bits(self, rows: int, groups: int) -> int:
@@ -117,6 +118,7 @@ class Fp8Scale(ScaleFormat):
     scale = code / G. A block too small for E4M3 gets its smallest subnormal, so that no scale is 0."""
 
     needs_outer: ClassVar[bool] = True
+    by_row: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -177,6 +179,7 @@ class DoubleQuantized(ScaleFormat):
 
     block: int = 256
     whole: ClassVar[bool] = True
+    by_row: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -88,8 +88,8 @@ class TensorFormat:
 
     @property
     def by_row(self) -> bool:
-        """Whether no two rows share a scale."""
-        return self.block.rows == 1
+        """Whether rows share nothing: neither a scale nor what scales are stored with."""
+        return self.block.rows == 1 and self.scale.by_row
 
     @cached_property
     def label(self) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qbench.errors import NumericsError
-from qbench.formats import QParams, QTensor, Range, TensorFormat, fit
-from qbench.formats.tensor import PER_TENSOR
+from qbench.formats import QParams, QTensor, Range, TensorFormat, fit, shared_scale
+from qbench.formats.tensor import decode, encode
 
 ScaleSource = Literal["compensated", "stale", "original"]
 
@@ -89,7 +89,7 @@ def gptq(
         hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
-    grouped = fmt.group_size > PER_TENSOR
+    grouped = fmt.block.columns > 0
     by_index = static_groups or clip is not None or not grouped  # parameters by original column index
     if order is not None:
         hessian = hessian[order][:, order]
@@ -100,7 +100,8 @@ def gptq(
     work = (original if order is None else original[:, order]).t().contiguous()
     width = fmt.width(columns)
     group_of = torch.arange(columns, device=work.device) // width
-    fitted = _Parameters.empty(rows, fmt, columns, work)
+    # What scales share (NVFP4's tensor scale) is the original weight's, whatever compensation does to it.
+    fitted = _Parameters.empty(rows, fmt, columns, work, shared_scale(original, fmt))
     fixed = by_index or scale_source == "original"
     if fixed:
         source = original if by_index or order is None else original[:, order]
@@ -111,27 +112,24 @@ def gptq(
 
     codes = torch.empty_like(work, dtype=fmt.element.storage)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
-    low, high = fmt.element.minimum, fmt.element.maximum
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
-        block, errors = work[start:end].clone(), torch.empty_like(work[start:end])
+        block, errors, levels = (torch.empty_like(work[start:end]) for _ in range(3))
+        block.copy_(work[start:end])
         local = upper[start:end, start:end]
         for i in range(end - start):
             column = start + i
             if not fixed and column % width == 0:
                 stop = min(column + width, columns)
                 fitted.set(column // width, _current(work, block, errors, upper, start, i, stop, scale_source), fmt)
-            scale, zero = fitted.at(group_index[column])
+            params = fitted.at(group_index[column])
             w = block[i]
-            code = torch.div(w, scale).round_()
-            if zero is not None:
-                code.add_(zero)
-            code.clamp_(low, high)
-            codes[column] = code
-            error = w - (code if zero is None else code.sub_(zero)).mul_(scale)
-            error.div_(local[i, i])
+            level = encode(w[:, None, None], fmt, params)
+            levels[i] = level[:, 0, 0]
+            error = (w - decode(level, params)[:, 0, 0]).div_(local[i, i])
             errors[i] = error
             block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+        codes[start:end] = fmt.element.to_codes(levels)
         loss += errors.double().square().sum()
         work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
 
@@ -141,12 +139,15 @@ def gptq(
         restored[:, order] = stored
         stored = restored
     keeps_order = order is not None and not by_index
+    params = fitted.params()
     quantized = QTensor(
         stored.contiguous(),
-        fitted.scale_rows(),
-        fitted.zero_rows(),
+        params.scale,
+        params.zero,
         fmt,
         order if keeps_order else None,
+        params.scale_codes,
+        params.outer,
     )
     return GptqResult(quantized, loss.item() / 2)
 
@@ -172,33 +173,51 @@ def _current(
 
 @dataclass
 class _Parameters:
-    """Scales and zero points by group, one contiguous row per group: [groups, rows]."""
+    """Parameters by group, one contiguous row per group, [groups, block rows]; `repeat` weight rows share each."""
 
     scale: Tensor
     zero: Tensor | None
+    codes: Tensor | None
+    outer: Tensor | None
+    rows: int
+    repeat: int
 
     @classmethod
-    def empty(cls, rows: int, fmt: TensorFormat, columns: int, like: Tensor) -> _Parameters:
-        rows = 1 if fmt.group_size == PER_TENSOR else rows
-        scale = like.new_empty(fmt.groups(columns), rows)
-        return cls(scale, None if fmt.symmetric else torch.empty_like(scale))
+    def empty(cls, rows: int, fmt: TensorFormat, columns: int, like: Tensor, outer: Tensor | None) -> _Parameters:
+        down, across = fmt.grid((rows, columns))
+        scale = like.new_empty(across, down)
+        zero = None if fmt.zero == "none" else torch.empty_like(scale)
+        return cls(scale, zero, None, outer, rows, fmt.block.rows or rows)
 
     def fill(self, params: QParams) -> None:
         self.scale.copy_(params.scale.t())
         if self.zero is not None:
             self.zero.copy_(params.zero.t())
+        if params.scale_codes is not None:
+            self.codes = params.scale_codes.t().contiguous()
+        self.outer = params.outer
 
     def set(self, group: int, columns: Tensor, fmt: TensorFormat) -> None:
-        params = fit(columns, fmt)
+        params = fit(columns, fmt, outer=self.outer)
         self.scale[group] = params.scale[:, 0]
         if self.zero is not None:
             self.zero[group] = params.zero[:, 0]
+        if params.scale_codes is not None:
+            if self.codes is None:
+                self.codes = torch.empty_like(self.scale, dtype=params.scale_codes.dtype)
+            self.codes[group] = params.scale_codes[:, 0]
 
-    def at(self, group: int) -> tuple[Tensor, Tensor | None]:
-        return self.scale[group], None if self.zero is None else self.zero[group]
+    def at(self, group: int) -> QParams:
+        """Parameters of one column, [out, 1] each."""
+        scale, zero = self._rows(self.scale[group]), None if self.zero is None else self._rows(self.zero[group])
+        return QParams(scale, zero, outer=self.outer)
 
-    def scale_rows(self) -> Tensor:
-        return self.scale.t().contiguous()
+    def _rows(self, values: Tensor) -> Tensor:
+        if self.repeat > 1 and len(values) > 1:
+            values = values.repeat_interleave(self.repeat)[: self.rows]
+        return values[:, None]
 
-    def zero_rows(self) -> Tensor | None:
-        return None if self.zero is None else self.zero.t().contiguous()
+    def params(self) -> QParams:
+        """Parameters as formats hold them, [block rows, groups]."""
+        parts = (None if part is None else part.t().contiguous() for part in (self.scale, self.zero, self.codes))
+        return QParams(*parts, outer=self.outer)

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qbench.calibration.statistics import Hessian
-from qbench.formats import Range, TensorFormat, fake_quantize
+from qbench.formats import Range, RangeFit, TensorFormat, fake_quantize, shared_scale
 from qbench.formats.ranges import extrema
-from qbench.formats.tensor import PER_TENSOR
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 
 ClipRange = Literal["symmetric", "asymmetric"]
@@ -42,7 +41,7 @@ def awq_clip(
     shrink min and max by the same factor. The full range is in the grid, so the criterion never gets worse; ties
     keep the wider range.
     """
-    if fmt.group_size == PER_TENSOR:
+    if not fmt.by_row or fmt.scale.needs_outer:
         return _search(weight, hessian, fmt, n_grid, max_shrink, clip_range)
     parts = [_search(rows, hessian, fmt, n_grid, max_shrink, clip_range) for rows in weight.split(ROWS)]
     return Range(torch.cat([p.lower for p in parts]), torch.cat([p.upper for p in parts]))
@@ -51,7 +50,7 @@ def awq_clip(
 def _search(
     weight: Tensor, hessian: Tensor, fmt: TensorFormat, n_grid: int, max_shrink: float, clip_range: ClipRange
 ) -> Range:
-    full = extrema(weight, fmt)
+    full, outer = extrema(weight, fmt), shared_scale(weight, fmt)
     diagonal = diagonal_blocks(hessian, fmt.width(weight.shape[1]))
     bound = torch.maximum(-full.lower, full.upper)
     best, lower, upper = None, full.lower.clone(), full.upper.clone()
@@ -61,7 +60,7 @@ def _search(
             candidate = Range(torch.maximum(full.lower, -share * bound), torch.minimum(full.upper, share * bound))
         else:
             candidate = Range(share * full.lower, share * full.upper)
-        error = _block_error(fake_quantize(weight, fmt, candidate).sub_(weight), diagonal, fmt)
+        error = _block_error(fake_quantize(weight, fmt, candidate, outer).sub_(weight), diagonal, fmt)
         if best is None:
             best = error
             continue
@@ -81,13 +80,16 @@ def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
 
 
 def _block_error(delta: Tensor, diagonal: Tensor, fmt: TensorFormat) -> Tensor:
-    """Δᵀ H_gg Δ of every block: [out, groups], or [1, 1] summed over the rows that share one scale."""
+    """Δᵀ H_gg Δ of every block, summed over the rows that share its scale: [block rows, groups]."""
     width, groups = diagonal.shape[-1], diagonal.shape[0]
     missing = groups * width - delta.shape[1]
     delta = (F.pad(delta, (0, missing)) if missing else delta).reshape(-1, groups, width)
     by_group = delta.transpose(0, 1)
     error = (torch.bmm(by_group, diagonal) * by_group).sum(dim=-1).t()
-    return error.sum().view(1, 1) if fmt.group_size == PER_TENSOR else error
+    height = fmt.block.rows or error.shape[0]
+    if height == 1:
+        return error
+    return F.pad(error, (0, 0, 0, -error.shape[0] % height)).view(-1, height, groups).sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,25 @@ class AwqClip(Stage):
             self.max_shrink,
             f"with clip_n_grid={self.n_grid} at least {2 / self.n_grid:g}",
         )
+        for fmt in formats:
+            require(
+                fmt.range.method == RangeFit().method,
+                "range.method",
+                fmt.range.method,
+                "minmax with awq_clip, which chooses the ranges itself (algo.clip=false leaves that to range.method)",
+            )
+            require(
+                fmt.zero != "float",
+                "zero_point",
+                fmt.zero,
+                "int, or algo.clip=false: awq_clip shrinks ranges around 0, which a float zero point need not include",
+            )
+            require(
+                not fmt.scale.whole,
+                "format",
+                fmt.label,
+                "one whose scales are stored independently, or algo.clip=false: awq_clip decides group by group",
+            )
         require(self.clip_range in CLIP_RANGES, "algo.clip_range", self.clip_range, f"one of {', '.join(CLIP_RANGES)}")
 
     def apply(self, view: BlockView) -> Outcome:
@@ -125,7 +146,7 @@ class AwqClip(Stage):
                 fmt, weight = view.format(ref), view.weight(ref).float()
                 full = extrema(weight, fmt)
                 kept = group.query_key_rows.get(ref.name)
-                if kept is not None and (bool(kept.all()) or (fmt.group_size == PER_TENSOR and bool(kept.any()))):
+                if kept is not None and (bool(kept.all()) or (fmt.block.rows != 1 and bool(kept.any()))):
                     continue
                 found = awq_clip(
                     weight,

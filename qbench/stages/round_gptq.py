@@ -13,7 +13,6 @@ from torch import Tensor
 from qbench.calibration.statistics import Hessian
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
-from qbench.formats.tensor import PER_TENSOR
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 from qbench.stages.gptq_core import ScaleSource, gptq
 from qbench.structure.trace import LinearGroup
@@ -46,7 +45,7 @@ class Gptq(Stage):
             self.scale_source,
             f"one of {', '.join(SCALE_SOURCES)}",
         )
-        grouped = any(fmt.group_size > PER_TENSOR for fmt in formats)
+        grouped = any(fmt.block.columns > 0 for fmt in formats)
         require(
             not self.static_groups or self.scale_source != "stale",
             "algo.scale_source",
@@ -59,6 +58,15 @@ class Gptq(Stage):
             self.static_groups,
             "has no effect without groups: set group_size > 0 or static_groups=false",
         )
+
+        for fmt in formats:
+            require(
+                not fmt.scale.whole or not fmt.block.columns or self.static_groups or self.scale_source == "original",
+                "algo.scale_source",
+                self.scale_source,
+                f"original, or algo.static_groups=true, with {fmt.label}: its scales are quantized together, so that "
+                "none is known before all are",
+            )
 
     def apply(self, view: BlockView) -> Outcome:
         codes: dict[str, QTensor] = {}
@@ -91,11 +99,11 @@ class Gptq(Stage):
 
 def _stacks(group: LinearGroup, view: BlockView) -> Iterator[tuple[list[WeightRef], TensorFormat]]:
     """Weights of a group that can be quantized in one sweep over the columns: same Hessian, same format, and rows
-    that don't share a scale (a per-tensor scale belongs to one weight). Ranges are given for all rows or none."""
+    that share nothing (a per-tensor scale belongs to one weight). Ranges are given for all rows or none."""
 
     def stack(ref: WeightRef) -> tuple:
         fmt = view.format(ref)
-        alone = ref.name if fmt.group_size == PER_TENSOR else ""
+        alone = "" if fmt.by_row else ref.name
         return (repr(fmt), ref.name in view.ranges, alone)
 
     for _, refs in groupby(sorted(group.weights, key=stack), key=stack):
@@ -117,5 +125,6 @@ def _split(stacked: QTensor, refs: list[WeightRef]) -> list[QTensor]:
     def rows(values: Tensor | None) -> list:
         return [None] * len(sizes) if values is None else [part.contiguous() for part in values.split(sizes)]
 
-    parts = zip(rows(stacked.codes), rows(stacked.scale), rows(stacked.zero))
-    return [replace(stacked, codes=codes, scale=scale, zero=zero) for codes, scale, zero in parts]
+    names = ("codes", "scale", "zero", "scale_codes", "outer")
+    parts = zip(*(rows(getattr(stacked, name)) for name in names))
+    return [replace(stacked, **dict(zip(names, part, strict=True))) for part in parts]
