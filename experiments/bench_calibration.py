@@ -22,6 +22,7 @@ from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
 from qbench.formats import TensorFormat, uniform
+from qbench.formats.scheme import Scheme
 from qbench.measure import PeakMemory, release_free_memory, share_one_heap
 from qbench.models.load import load_model, load_tokenizer
 from qbench.stages.pipeline import Pipeline, build_pipeline
@@ -74,7 +75,7 @@ def report(name: str, pipeline: Pipeline, model: nn.Module, windows: Tensor, fmt
     release_free_memory()
     memory = PeakMemory(torch.device("cpu"))
     started = time.perf_counter()
-    result = run_pass(MemorySource(model), Recipe(pipeline, fmt), windows)
+    result = run_pass(MemorySource(model), Recipe(pipeline, Scheme(weight=fmt)), windows)
     seconds = time.perf_counter() - started
     peak = memory.host_bytes()
     after = forward_seconds(model, windows)

@@ -22,6 +22,9 @@ from qbench.help import HELP
 #: Overrides of Hydra itself are passed on as they are.
 HYDRA_KEYS = ("hydra", "hydra.", "hydra/")
 
+#: How Hydra marks a file whose keys belong to the root.
+GLOBAL_PACKAGE = "@package _global_"
+
 
 def conf_dir() -> Path:
     """The folder of configuration files: $QBENCH_CONF, else the checkout's `conf/`, else the installed package's."""
@@ -124,7 +127,9 @@ def _known_keys(chosen: dict[str, str]) -> list[str]:
     for group, default in defaults.items():
         if not group.startswith("override"):
             name = chosen.get(group, default)
-            keys += _flatten(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), f"{group}.")
+            path = conf_dir() / group / f"{name}.yaml"
+            if GLOBAL_PACKAGE not in path.read_text():  # else it sets keys of the root, which are known already
+                keys += _flatten(OmegaConf.load(path), f"{group}.")
     # What a choice is called and consists of is fixed by its file.
     return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith((".name", ".asset"))]
 

@@ -17,8 +17,9 @@ from qbench.calibration.corpora import Corpus, resolve_corpus
 from qbench.engine.loop import Recipe
 from qbench.errors import SpecError
 from qbench.evaluation.perplexity import VERSION as PERPLEXITY_VERSION
-from qbench.formats import SCALE_DTYPES, TensorFormat
-from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec, SchemeSpec
+from qbench.formats.scheme import Scheme
+from qbench.scheme import build_scheme, choice, flag, integer
+from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec
 from qbench.stages.pipeline import Pipeline, build_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +38,7 @@ class Point:
     calibration: Corpus | None
     corpora: tuple[Corpus, ...]
     pipeline: Pipeline
-    format: TensorFormat | None
+    scheme: Scheme | None
     device: torch.device
     source: str
     batch: int | None
@@ -46,12 +47,12 @@ class Point:
 
     @property
     def recipe(self) -> Recipe | None:
-        return Recipe(self.pipeline, self.format, self.spec.seed or 0) if self.format is not None else None
+        return Recipe(self.pipeline, self.scheme, self.spec.seed or 0) if self.scheme is not None else None
 
     @property
     def label(self) -> str:
         """Short text such as `gptq int4_g64_asym`."""
-        return self.spec.algo if self.spec.scheme is None else f"{self.spec.algo} {self.spec.scheme.label}"
+        return self.spec.algo if self.scheme is None else f"{self.spec.algo} {self.scheme.label}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def sweep_options(config: DictConfig) -> SweepOptions:
     if not isinstance(store, str) or "://" not in store:
         raise SpecError("store.url", store, "a database URL such as sqlite:///results/results.db")
     return SweepOptions(
-        store_url=store, results=Path(_text("results", results)), dry_run=_flag("dry_run", config.dry_run)
+        store_url=store, results=Path(_text("results", results)), dry_run=flag("dry_run", config.dry_run)
     )
 
 
@@ -80,15 +81,17 @@ def freeze(config: DictConfig) -> Point:
     except OmegaConfBaseException as error:
         raise SpecError("configuration", error.full_key or "?", str(error).splitlines()[0]) from error
     pipeline = build_pipeline(values["algo"]["pipeline"])
-    seed = _integer("seed", values["seed"], 0)
-    scheme, fmt = _scheme(values) if pipeline.stages else (None, None)
-    if fmt is not None:
-        pipeline.check(frozenset({fmt}))
+    seed = integer("seed", values["seed"], 0)
+    scheme = build_scheme(values)  # checked even where nothing is quantized
+    if not pipeline.stages and scheme.at_run_time:
+        raise SpecError("algo", values["algo"]["name"], "rtn or another algorithm: inputs or cache are to be quantized")
+    pipeline.check(scheme.weights)
     device = _device(values["device"])
     evaluations, corpora = _evaluations(values["eval"])
-    calibration_spec, calibration = _calibration(values["calib"], pipeline)
-    dtype = _choice("dtype", values["dtype"], DTYPES)
-    source = _choice("source", values["source"], SOURCES)
+    needs_data = pipeline.needs_data or (bool(pipeline.stages) and scheme.needs_data)
+    calibration_spec, calibration = _calibration(values["calib"], needs_data)
+    dtype = choice("dtype", values["dtype"], DTYPES)
+    source = choice("source", values["source"], SOURCES)
     export = _export(values["export"])
     batch = values["eval"]["batch"]
     resume_s = values["resume_s"]
@@ -100,7 +103,7 @@ def freeze(config: DictConfig) -> Point:
         algo=_text("algo.name", values["algo"]["name"]),
         model=ModelSpec(name=model.name, fingerprint=model.fingerprint, dtype=dtype),
         pipeline=pipeline.specs(),
-        scheme=scheme,
+        scheme=scheme if pipeline.stages else None,
         calibration=calibration_spec,
         seed=seed if pipeline.uses_random else None,
     )
@@ -111,10 +114,10 @@ def freeze(config: DictConfig) -> Point:
         calibration=calibration,
         corpora=corpora,
         pipeline=pipeline,
-        format=fmt,
+        scheme=spec.scheme,
         device=device,
         source=source,
-        batch=None if batch is None else _integer("eval.batch", batch, 1),
+        batch=None if batch is None else integer("eval.batch", batch, 1),
         export=export,
         resume_s=float(resume_s),
     )
@@ -128,34 +131,21 @@ def baseline(point: Point) -> Point:
         spec=spec,
         calibration=None,
         pipeline=Pipeline(()),
-        format=None,
+        scheme=None,
         export=None,
     )
 
 
-def _scheme(values: Mapping[str, Any]) -> tuple[SchemeSpec, TensorFormat]:
-    bits = _integer("bits", values["bits"], 2, 8)
-    group_size = _integer("group_size", values["group_size"], -1)
-    symmetric = _flag("symmetric", values["symmetric"])
-    scale = _choice("scale_dtype", values["scale_dtype"], SCALE_DTYPES)
-    partial = _flag("partial_group", values["partial_group"])
-    if group_size <= 0:
-        partial = False  # means nothing here, so it must not make a different run
-    spec = SchemeSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale, partial_group=partial)
-    fmt = TensorFormat(bits=bits, group_size=group_size, symmetric=symmetric, scale=scale, partial_group=partial)
-    return spec, fmt
-
-
-def _calibration(node: Mapping[str, Any], pipeline: Pipeline) -> tuple[CalibrationSpec | None, Corpus | None]:
-    """Checked even where the pipeline looks at no data; then it is not part of the run."""
-    n, length = _integer("calib.n", node["n"], 1), _integer("calib.length", node["length"], 2)
-    sampler, seed = _choice("calib.sampler", node["sampler"], SAMPLERS), _integer("calib.seed", node["seed"], 0)
+def _calibration(node: Mapping[str, Any], needs_data: bool) -> tuple[CalibrationSpec | None, Corpus | None]:
+    """Checked even where nothing looks at the text; then it is not part of the run."""
+    n, length = integer("calib.n", node["n"], 1), integer("calib.length", node["length"], 2)
+    sampler, seed = choice("calib.sampler", node["sampler"], SAMPLERS), integer("calib.seed", node["seed"], 0)
     if node["name"] == "text" and node["path"] is None:
         raise SpecError("calib.path", None, 'with calib=text: a .txt file, or a .jsonl file with a "text" in each row')
     if node["name"] != "text" and node["path"] is not None:
         raise SpecError("calib.path", node["path"], f"needs calib=text (now calib={node['name']})")
     corpus = resolve_corpus(node["name"], node["path"], option="calib.path" if node["path"] else "calib")
-    if not pipeline.needs_data:
+    if not needs_data:
         return None, None
     spec = CalibrationSpec(
         corpus=corpus.name,
@@ -169,8 +159,8 @@ def _calibration(node: Mapping[str, Any], pipeline: Pipeline) -> tuple[Calibrati
 
 
 def _evaluations(node: Mapping[str, Any]) -> tuple[tuple[EvaluationSpec, ...], tuple[Corpus, ...]]:
-    length = _integer("eval.length", node["length"], 2)
-    n = None if node["n"] is None else _integer("eval.n", node["n"], 1)
+    length = integer("eval.length", node["length"], 2)
+    n = None if node["n"] is None else integer("eval.n", node["n"], 1)
     if node["path"] is not None:
         corpora = [resolve_corpus(Path(str(node["path"])).stem, str(node["path"]), option="eval.path")]
     else:
@@ -195,7 +185,7 @@ def _evaluations(node: Mapping[str, Any]) -> tuple[tuple[EvaluationSpec, ...], t
 
 
 def _export(node: Mapping[str, Any]) -> Path | None:
-    kind, path = _choice("export", node["name"], EXPORTS), node["path"]
+    kind, path = choice("export", node["name"], EXPORTS), node["path"]
     if kind == "none":
         if path is not None:
             raise SpecError("export.path", path, "needs export=hf")
@@ -209,7 +199,7 @@ def _export(node: Mapping[str, Any]) -> Path | None:
 
 
 def _device(value: object) -> torch.device:
-    name = _choice("device", value, ("auto", "cpu", "cuda")) if not _is_indexed(value) else str(value)
+    name = choice("device", value, ("auto", "cpu", "cuda")) if not _is_indexed(value) else str(value)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -224,26 +214,7 @@ def _is_indexed(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"cuda:\d+", value) is not None
 
 
-def _integer(option: str, value: object, low: int, high: int | None = None) -> int:
-    upper = f" to {high}" if high is not None else " or more"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise SpecError(option, value, f"must be an integer, {low}{upper}")
-    return value
-
-
-def _flag(option: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SpecError(option, value, "must be true or false")
-    return value
-
-
 def _text(option: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise SpecError(option, value, "must be a text")
-    return value
-
-
-def _choice(option: str, value: object, accepted: object) -> str:
-    if value not in accepted:
-        raise SpecError(option, value, f"must be one of {', '.join(accepted)}")
     return value

@@ -80,9 +80,9 @@ def _base(n: int) -> Tensor:
 def _factors(n: int) -> tuple[int, int] | None:
     """The first two orders, neither a power of two, whose product is n: doubling alone is `_decompose`'s."""
     for left in range(12, int(n**0.5) + 1, 4):
-        if n % left == 0 and left & (left - 1) and (n // left) & (n // left - 1):
-            if _decompose(left) and _decompose(n // left):
-                return left, n // left
+        right = n // left
+        if left * right == n and left & (left - 1) and right & (right - 1) and _decompose(left) and _decompose(right):
+            return left, right
     return None
 
 
@@ -141,9 +141,7 @@ def _jacobsthal(prime: int, degree: int) -> Tensor:
         character[element] = -1 if exponent % 2 else 1  # squares are the even powers
     places = torch.tensor([prime**i for i in range(degree)])
     digits = torch.arange(q)[:, None] // places % prime
-    difference = sum(
-        (digits[:, None, i] - digits[None, :, i]).remainder(prime) * prime**i for i in range(degree)
-    )
+    difference = sum((digits[:, None, i] - digits[None, :, i]).remainder(prime) * prime**i for i in range(degree))
     return character[difference]
 
 

@@ -21,7 +21,9 @@ from qbench.engine.source import Source
 from qbench.errors import NumericsError
 from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
+from qbench.formats.scheme import Scheme
 from qbench.measure import PeakMemory, Phases, release_free_memory
+from qbench.scheme import nominal_bits
 from qbench.session import Session
 from qbench.spec import EvaluationSpec, digest
 from qbench.store.database import Database, Heartbeat
@@ -106,15 +108,20 @@ def _resume_folder(root: Path, point: Point) -> Path:
 def columns(point: Point) -> RunColumns:
     """What the row says before the run starts."""
     spec = point.spec
-    scheme, calibration = spec.scheme, spec.calibration
+    scheme, calibration = point.scheme or Scheme(), spec.calibration
+    weight, inputs, cache = scheme.weight, scheme.input, scheme.cache
     return RunColumns(
         model=spec.model.name,
         algo=spec.algo,
         spec=spec.describe(),
-        weight_format=scheme.label if scheme else spec.model.dtype,
-        bits=scheme.bits if scheme else None,
-        group_size=scheme.group_size if scheme else None,
-        symmetric=scheme.symmetric if scheme else None,
+        weight_format=weight.label if weight else spec.model.dtype,
+        act_format=inputs.label if inputs else None,
+        kv_format=cache.label if cache else None,
+        bits=nominal_bits(weight),
+        act_bits=nominal_bits(inputs.format) if inputs else None,
+        kv_bits=nominal_bits(cache.key) if cache else None,
+        group_size=weight.group_size if weight else None,
+        symmetric=weight.symmetric if weight else None,
         calib=calibration.corpus if calibration else None,
         calib_n=calibration.n if calibration else None,
         calib_length=calibration.length if calibration else None,
@@ -206,10 +213,10 @@ class _Job:
         measurements = []
         with self.phases("evaluate"):
             for spec, tokens, stream in zip(self.evaluations, self.windows, result.evaluations, strict=True):
-                nll = stream_nll(self.source, stream, tokens, partial(progress, "evaluate"))
+                nll = stream_nll(self.source, stream, tokens, partial(progress, "evaluate"), result.weights.head)
                 measurements.append(perplexity(nll, spec))
         with self.phases("export"):
-            artifacts = [export.close()] if export is not None else []
+            artifacts = [export.close(result.weights.head)] if export is not None else []
         return result.ledger, measurements, artifacts
 
     def _pass(
@@ -233,6 +240,8 @@ def _sizes(source: Source, ledger: Ledger, dtype: torch.dtype) -> dict[str, floa
     other = parameter_bytes(source.model, source.prefix, dtype)
     count = sum(p.numel() for p in source.model.parameters())
     width = dtype.itemsize * 8
+    if ledger.head_bits is not None:  # a head that was the embedding is now a tensor of its own
+        other["head"] = -(-ledger.head_bits // 8)
     kept_bytes = sum(other.values()) - ledger.weight_count * dtype.itemsize
     model_bytes = kept_bytes + -(-ledger.weight_bits // 8)
     return {

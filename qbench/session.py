@@ -14,9 +14,9 @@ from qbench.calibration.samplers import evaluation_windows, random, sequential
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import StructureCache
 from qbench.engine.source import MemorySource, Source, StreamSource
-from qbench.errors import SpecError
 from qbench.measure import share_one_heap
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
+from qbench.preflight import check_point
 from qbench.spec import CalibrationSpec, EvaluationSpec
 from qbench.store.environment import detect
 from qbench.store.records import Environment
@@ -89,10 +89,7 @@ class Session:
         Raises SpecError for a group size that does not fit, windows longer than the model's context, and texts with
         too few tokens.
         """
-        skeleton = self.skeleton(point.model)
-        check_context(point, skeleton)
-        if point.format is not None:
-            check_groups(point, skeleton)
+        check_point(point, self.skeleton(point.model))
         self.calibration(point)
         for wanted, corpus in zip(point.evaluations, point.corpora, strict=True):
             self.windows(wanted, corpus, point.model)
@@ -102,48 +99,3 @@ class Session:
         if key not in self.tokens:
             self.tokens[key] = tokenize(corpus, load_tokenizer(model))
         return self.tokens[key]
-
-
-def check_context(point: Point, skeleton: PreTrainedModel) -> None:
-    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:  # positions are not bounded (ALiBi)
-        return
-    lengths = [("eval.length", wanted.length) for wanted in point.evaluations]
-    if point.spec.calibration is not None:
-        lengths.append(("calib.length", point.spec.calibration.length))
-    for option, length in lengths:
-        if length > limit:
-            raise SpecError(option, length, f"at most {limit}, the context of {point.model.name}")
-
-
-def check_groups(point: Point, skeleton: PreTrainedModel) -> None:
-    """Every linear weight's in_features must be a multiple of the group size (or partial_group allow a rest)."""
-    widths = linear_widths(skeleton)
-    unfit = [(name, width) for name, width in widths.items() if not point.format.fits(width)]
-    if unfit:
-        name, width = unfit[0]
-        smallest = min(widths.values())
-        fitting = [str(g) for g in range(8, smallest + 1) if all(width % g == 0 for width in widths.values())]
-        raise SpecError(
-            "group_size",
-            point.format.group_size,
-            f"does not divide in_features {width} of {name}; sizes that fit every layer: {', '.join(fitting)}, "
-            "-1 (channel), 0 (tensor); or partial_group=true for a shorter last group",
-        )
-
-
-def linear_widths(skeleton: PreTrainedModel) -> dict[str, int]:
-    """in_features of the linear weights in the blocks, by parameter name, without running the model."""
-    from transformers.pytorch_utils import Conv1D
-
-    from qbench.structure.blocks import find_blocks
-
-    widths = {}
-    prefix, blocks = find_blocks(skeleton)
-    for path, module in blocks.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, torch.nn.Embedding) or parameter.ndim not in (2, 3):
-                continue
-            axis = 0 if isinstance(module, Conv1D) else -1
-            widths[f"{prefix}.{path}.{name}"] = parameter.shape[axis]
-    return widths

@@ -17,9 +17,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qbench.formats.scheme import Scheme
 
 #: Version of the canonical form itself: changes when the same meaning would be written differently.
-KEY_SCHEME = 1
+KEY_SCHEME = 2
 
 Scalar = None | bool | int | float | str
 
@@ -55,30 +59,14 @@ class StageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchemeSpec:
-    """The number format of the linear weights inside the decoder blocks (DESIGN: `Scheme`; weights only so far)."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale: str
-    partial_group: bool
-
-    @property
-    def label(self) -> str:
-        """Short name such as `int4_g64_asym`, as stored in `run.weight_format`."""
-        block = {0: "tensor", -1: "channel"}.get(self.group_size, f"g{self.group_size}")
-        return f"int{self.bits}_{block}_{'sym' if self.symmetric else 'asym'}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """One point of the grid. `algo` is the pipeline's published name: a label, not part of the key."""
+    """One point of the grid. `algo` is the pipeline's published name: a label, not part of the key. `scheme` holds the
+    formats of all roles (`qbench.formats.scheme.Scheme`): frozen values too, read here field by field."""
 
     algo: str
     model: ModelSpec
     pipeline: tuple[StageSpec, ...] = ()
-    scheme: SchemeSpec | None = None
+    scheme: Scheme | None = None
     calibration: CalibrationSpec | None = None
     seed: int | None = None
 
@@ -146,8 +134,9 @@ def difference(left: Mapping, right: Mapping, path: str = "") -> Iterator[tuple[
 def _tagged(value: object) -> object:
     """Dataclasses become dicts with their type's name, so that equal fields of different types never collide;
     floats are tagged too (1 and 1.0 are the same option value only if the option's type says so; 0.0 and -0.0 are)."""
-    if is_dataclass(value):
-        return {"type": type(value).__name__} | {f.name: _tagged(getattr(value, f.name)) for f in fields(value)}
+    if is_dataclass(value):  # fields that don't count in a comparison are labels
+        counted = (f.name for f in fields(value) if f.compare)
+        return {"type": type(value).__name__} | {name: _tagged(getattr(value, name)) for name in counted}
     if isinstance(value, (tuple, list)):
         return [_tagged(item) for item in value]
     if isinstance(value, float):

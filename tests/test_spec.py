@@ -9,18 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qbench.formats import uniform
+from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
 from qbench.spec import (
     CalibrationSpec,
     EvaluationSpec,
     ModelSpec,
     RunSpec,
-    SchemeSpec,
     StageSpec,
     difference,
     digest,
 )
 
-SCHEME = SchemeSpec(bits=4, group_size=64, symmetric=False, scale="float16", partial_group=False)
+INT4 = uniform(bits=4, group_size=64, symmetric=False)
+SCHEME = Scheme(
+    weight=INT4,
+    input=InputFormat(format=uniform(bits=8, group_size=-1, symmetric=True)),
+    cache=CacheFormat(key=INT4, value=INT4, residual=128),
+)
 CALIBRATION = CalibrationSpec(corpus="c4", fingerprint="f" * 64, sampler="random", n=32, length=512, seed=0)
 AWQ = StageSpec(name="awq_scale", version=1, options=(("n_grid", 20), ("duo", False)))
 GPTQ = StageSpec(name="gptq", version=1, options=(("damp", 0.01), ("act_order", False), ("source", "original")))
@@ -37,7 +43,10 @@ EVALUATION = EvaluationSpec(
 )
 
 # Names of assets and of pipelines; what they stand for is in the key by its content.
-LABELS = {(), ("algo",), ("model", "name"), ("calibration", "corpus")}
+LABELS = {
+    *((), ("algo",), ("model", "name"), ("calibration", "corpus"), ("scheme", "cache", "layout")),
+    *(("scheme", *role, "name") for role in [("weight",), ("input", "format"), ("cache", "key"), ("cache", "value")]),
+}
 
 
 def _changed(value):
@@ -49,7 +58,7 @@ def _changed(value):
     if isinstance(value, int):
         return [value + 1, float(value)]
     if isinstance(value, float):
-        return [math.nextafter(value, 1), 0]
+        return [math.nextafter(value, math.inf), 0]
     return [value + "x", ""]
 
 
@@ -59,7 +68,7 @@ def _leaves(spec, path=()):
         value = getattr(spec, field.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, (*path, field.name))
-        elif field.name not in ("pipeline", "options"):
+        elif field.name not in ("pipeline", "options", "overrides"):
             yield (*path, field.name), value
 
 
@@ -88,7 +97,16 @@ def test_leaving_a_part_out_changes_the_key(name):
     assert dataclasses.replace(RUN, **{name: empty}).key() != RUN.key()
 
 
-def test_the_key_changes_with_boththeir_order_versions_and_options():
+def test_the_key_changes_with_overrides_and_their_order():
+    first = Override(modules="down_proj", roles=("weight",), weight=uniform(bits=8, group_size=64, symmetric=False))
+    second = Override(blocks=(0, -1), roles=("weight", "input"))
+    schemes = [(), (first,), (second,), (first, second), (second, first), (dataclasses.replace(first, roles=()),)]
+    schemes += [(dataclasses.replace(second, blocks=(0,)),), (dataclasses.replace(first, modules="up_proj"),)]
+    keys = [dataclasses.replace(RUN, scheme=dataclasses.replace(SCHEME, overrides=o)).key() for o in schemes]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_changes_with_stages_their_order_versions_and_options():
     pipelines = [
         (AWQ, GPTQ),
         (GPTQ, AWQ),
@@ -120,7 +138,10 @@ def test_values_of_different_types_are_different_options():
 def test_specs_of_different_kinds_with_equal_fields_are_told_apart():
     """A type tag on every record: without it two records with the same field names would be one."""
     tags = {node["type"] for node in _nodes(RUN.canonical()) if "type" in node}
-    assert tags == {"RunSpec", "ModelSpec", "StageSpec", "SchemeSpec", "CalibrationSpec"}
+    assert tags == {
+        *("RunSpec", "ModelSpec", "StageSpec", "CalibrationSpec", "Scheme", "InputFormat", "CacheFormat"),
+        *("TensorFormat", "Int", "Block", "FloatScale", "RangeFit"),
+    }
 
 
 def _nodes(value):
@@ -191,15 +212,18 @@ def test_the_key_is_a_sha256_and_the_description_is_plain_json():
 def test_labels_name_the_weight_format_and_the_protocol():
     expected = {(64, False): "int4_g64_asym", (-1, True): "int4_channel_sym", (0, False): "int4_tensor_asym"}
     for (group_size, symmetric), label in expected.items():
-        assert dataclasses.replace(SCHEME, group_size=group_size, symmetric=symmetric).label == label
+        assert uniform(bits=4, group_size=group_size, symmetric=symmetric).label == label
+    assert SCHEME.label == "int4_g64_asym+act-int8_token+kv-int4_token_r128"
+    assert Scheme(overrides=(Override(blocks=(0,)),)).label == "float+mixed"
     assert EVALUATION.protocol == "window-512"
 
 
 def test_the_difference_of_two_runs_is_the_changed_paths():
-    other = dataclasses.replace(RUN, algo="gptq", scheme=dataclasses.replace(SCHEME, bits=3), calibration=None)
+    three = dataclasses.replace(SCHEME, weight=uniform(bits=3, group_size=64, symmetric=False))
+    other = dataclasses.replace(RUN, algo="gptq", scheme=three, calibration=None)
     found = {path: (left, right) for path, left, right in difference(RUN.describe(), other.describe())}
-    assert found.keys() == {"algo", "scheme.bits", "calibration"}
-    assert found["scheme.bits"] == (4, 3)
+    assert found.keys() == {"algo", "scheme.weight.element.bits", "calibration"}
+    assert found["scheme.weight.element.bits"] == (4, 3)
     assert list(difference(RUN.describe(), RUN.describe())) == []
     for one, two in itertools.permutations([RUN.describe(), other.describe()]):
         assert len(list(difference(one, two))) == 3

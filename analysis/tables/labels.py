@@ -21,6 +21,7 @@ _WORDS: Mapping[str, Callable[[Any], str]] = {
     "device": str,
     "source": lambda name: f"source {name}",
 }
+_OF_INTEGERS = ("group_size", "symmetric")  # the name of another weight format says them
 _OF_THE_MODEL = ("dtype", "device", "source")  # the full-precision row is told apart by these only
 
 
@@ -39,9 +40,9 @@ def point_labels(rows: Sequence[RunRow]) -> list[str]:
     labels = []
     for row in rows:
         baseline = is_baseline(row)
-        words = ["full precision"] if baseline else [row.algo, *([f"{row.bits}-bit"] if row.bits else [])]
+        words = ["full precision"] if baseline else [row.algo, *_weights(row)]
         for name in varying:
-            value = getattr(row, name)
+            value = None if name in _OF_INTEGERS and not _is_integer(row) else getattr(row, name)
             if value is not None and (not baseline or name in _OF_THE_MODEL):
                 words.append(_WORDS[name](value))
         labels.append((f"{row.model}: " if len(models) > 1 else "") + " ".join(words))
@@ -54,6 +55,17 @@ def point_labels(rows: Sequence[RunRow]) -> list[str]:
             for index, words in zip(indices, _spec_differences([rows[i].spec for i in indices]), strict=True):
                 labels[index] += "".join(f" {word}" for word in words)
     return labels
+
+
+def _is_integer(row: RunRow) -> bool:
+    return (row.weight_format or "int").startswith("int")
+
+
+def _weights(row: RunRow) -> list[str]:
+    """What the weights are: "4-bit" for integers, else the format's name ("mxfp4"; "float" for full precision)."""
+    if row.bits and _is_integer(row):
+        return [f"{row.bits:g}-bit"]
+    return [row.weight_format] if row.weight_format else []
 
 
 def shared_settings(rows: Sequence[RunRow]) -> list[str]:

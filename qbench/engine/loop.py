@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from qbench.calibration.statistics import Hessian, Statistic
+from qbench.engine.activations import InputQuantizer
+from qbench.engine.kv import CacheQuantizer
 from qbench.engine.probe import Probe, evenly_spaced
+from qbench.engine.runtime import Runtime, calibrate
 from qbench.engine.streams import Stream
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
+from qbench.formats.scheme import Scheme
 from qbench.stages.base import BlockView, Kind, Outcome, ScopeCall, Stage
 from qbench.stages.pipeline import Pipeline
 from qbench.structure.trace import BlockStructure, LinearGroup
@@ -27,14 +32,20 @@ Metric = tuple[str, str, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline and the format of the weights it rounds."""
+    """A pipeline and the formats of all roles. `needs_data`: whether calibration text changes the result."""
 
     pipeline: Pipeline
-    format: TensorFormat
+    scheme: Scheme
     seed: int = 0
 
-    def formats(self, structure: BlockStructure) -> dict[str, TensorFormat]:
-        return {ref.name: self.format for group in structure.groups for ref in group.weights}
+    @property
+    def needs_quantized(self) -> bool:
+        """Whether it looks at the stream behind quantized blocks: to round, or to calibrate run-time ranges."""
+        return bool(self.pipeline.needs("quantized")) or self.scheme.needs_data
+
+    @property
+    def needs_full(self) -> bool:
+        return bool(self.pipeline.needs("full")) or self.pipeline.scope_tokens > 0
 
 
 @dataclass
@@ -48,25 +59,39 @@ class Streams:
 @dataclass(frozen=True)
 class FinishedBlock:
     """A block after its recipe: `block` holds decoded weights, `codes` goes by weight name, metrics are (module, name,
-    value)."""
+    value). unquantized: elements of its linear weights that stay in full precision. inputs, by weight name, and cache:
+    what is quantized while it runs."""
 
     index: int
     block: nn.Module
-    codes: Mapping[str, QTensor]
-    metrics: tuple[Metric, ...]
+    structure: BlockStructure | None = None
+    codes: Mapping[str, QTensor] = field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()
+    unquantized: int = 0
+    inputs: Mapping[str, InputQuantizer] = field(default_factory=dict)
+    cache: CacheQuantizer | None = None
+
+    def runtime(self) -> AbstractContextManager:
+        """What its forwards run in."""
+        if not self.inputs and self.cache is None:
+            return nullcontext()
+        return Runtime(self.block, self.structure, self.inputs, self.cache)
 
 
 def quantize_block(
-    block: nn.Module, structure: BlockStructure, index: int, recipe: Recipe, streams: Streams
+    block: nn.Module, structure: BlockStructure, index: int, count: int, recipe: Recipe, streams: Streams
 ) -> FinishedBlock:
-    """Quantize `block` in place (it must be the caller's own copy) and push the streams on.
+    """Quantize `block`, number `index` of `count`, in place (it must be the caller's own copy); push the streams on.
 
     Full-precision stream first: one trip gives its statistics and its next hidden states. Then the stages in order;
+    before the first that rounds, the ranges of what is quantized at run time are calibrated on the (transformed) block;
     a stage that needs the quantized stream settles group by group inside the one trip that also advances it.
     """
     check_finite(block, f"block {index}")
-    work = _Work(block, structure, index, recipe)
-    pipeline = recipe.pipeline
+    scheme, pipeline = recipe.scheme, recipe.pipeline
+    refs = [ref for group in structure.groups for ref in group.weights]
+    formats = {ref.name: scheme.of_weight(ref.name, index, count) for ref in refs}
+    work = _Work(block, _quantized_part(structure, formats), index, recipe, formats)
     if streams.full is not None:
         probes = pipeline.stages[0].kind == Kind.TRANSFORM or pipeline.scope_tokens > 0
         if probes:
@@ -79,23 +104,61 @@ def quantize_block(
         started = time.perf_counter()
         streams.full.observe(block, index, structure, work.observe)
         work.metrics.append(("", "full_stream_s", time.perf_counter() - started))
+    run_time, advanced = None, False
     for stage in pipeline.stages:
         started = time.perf_counter()
+        if stage.kind >= Kind.ROUND and run_time is None:
+            run_time = _calibrate(block, structure, index, count, scheme, formats, streams.quantized)
         if any(need.stream == "quantized" for need in stage.needs):
             work.collect(pipeline.needs("quantized"))
             streams.quantized.settle(
-                block, index, structure, work.observe, lambda group, stage=stage: work.apply(stage, (group,))
+                block,
+                index,
+                work.structure,
+                work.observe,
+                lambda group, stage=stage: work.apply(stage, (group,)),
+                run_time.runtime(),
             )
+            advanced = True
         elif stage.kind == Kind.ROUND:
-            for group in structure.groups:
+            for group in work.structure.groups:
                 work.apply(stage, (group,))
         else:
-            work.apply(stage, structure.groups)
+            work.apply(stage, work.structure.groups)
             if stage.kind == Kind.TRANSFORM:
                 work.guard(stage)
         work.metrics.append(("", f"{stage.name}_s", time.perf_counter() - started))
+    if streams.quantized is not None and not advanced:
+        streams.quantized.advance(block, index, run_time.runtime())
     work.metrics += [("", f"{name}_s", seconds) for name, seconds in work.seconds.items()]
-    return FinishedBlock(index, block, work.codes, tuple(work.metrics))
+    unquantized = sum(ref.out_features * ref.in_features for ref in refs if formats[ref.name] is None)
+    return replace(run_time, codes=work.codes, metrics=tuple(work.metrics), unquantized=unquantized)
+
+
+def _quantized_part(structure: BlockStructure, formats: Mapping[str, TensorFormat | None]) -> BlockStructure:
+    """The structure without the weights that stay in full precision; groups keep their places, some are empty."""
+    groups = tuple(
+        replace(group, weights=tuple(ref for ref in group.weights if formats[ref.name] is not None))
+        for group in structure.groups
+    )
+    return replace(structure, groups=groups)
+
+
+def _calibrate(
+    block: nn.Module,
+    structure: BlockStructure,
+    index: int,
+    count: int,
+    scheme: Scheme,
+    formats: Mapping[str, TensorFormat | None],
+    stream: Stream | None,
+) -> FinishedBlock:
+    """What is quantized while the block runs: the inputs of its quantized weights, its cache."""
+    wanted = {name: scheme.of_input(name, index, count) for name, fmt in formats.items() if fmt is not None}
+    wanted = {name: fmt for name, fmt in wanted.items() if fmt is not None}
+    cache = scheme.of_cache(index, count)
+    inputs, quantizer = calibrate(block, index, structure, stream, wanted, cache)
+    return FinishedBlock(index, block, structure, inputs=inputs, cache=quantizer)
 
 
 def check_finite(block: nn.Module, where: str) -> None:
@@ -113,6 +176,7 @@ class _Work:
     structure: BlockStructure
     index: int
     recipe: Recipe
+    formats: Mapping[str, TensorFormat | None]
     probe: Probe | None = None
     scopes: Mapping[int, tuple[ScopeCall, ...]] = field(default_factory=dict)
     statistics: dict[int, dict[type, Statistic]] = field(default_factory=dict)
@@ -122,24 +186,28 @@ class _Work:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.formats = self.recipe.formats(self.structure)
         self.generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.index)
 
     def collect(self, wanted: frozenset[type]) -> None:
         """Start fresh statistics for every group."""
         device = next(self.block.parameters()).device
         self.statistics = {
-            group.index: {kind: kind(group.in_features, device) for kind in wanted} for group in self.structure.groups
+            group.index: {kind: kind(group.in_features, device) for kind in wanted}
+            for group in self.structure.groups
+            if group.weights
         }
 
     def observe(self, group: LinearGroup, x: Tensor) -> None:
         started = time.perf_counter()
-        for statistic in self.statistics[group.index].values():
+        for statistic in self.statistics.get(group.index, {}).values():
             statistic.update(x)
         self._spent("statistics", started)
 
     def apply(self, stage: Stage, groups: tuple[LinearGroup, ...]) -> None:
         """Show the stage its groups, install what it decided, and measure what rounding did to each layer."""
+        groups = tuple(group for group in groups if group.weights)
+        if not groups:
+            return
         for group in groups:
             for statistic in self.statistics.get(group.index, {}).values():
                 statistic.finish()
@@ -174,7 +242,8 @@ class _Work:
         for path, value in outcome.parameters.items():
             self.block.get_parameter(path).data.copy_(value)
         for group, scale in outcome.input_scales.items():
-            self.statistics[group] = {k: s.rescaled(scale) for k, s in self.statistics[group].items()}
+            kept = self.statistics.get(group, {})
+            self.statistics[group] = {k: s.rescaled(scale) for k, s in kept.items()}
         refs = {ref.name: ref for group in self.structure.groups for ref in group.weights}
         for name, codes in outcome.codes.items():
             refs[name].write(self.block, codes.dequantize())

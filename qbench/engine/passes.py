@@ -14,6 +14,8 @@ from qbench.engine.resume import ResumePoint, identity_of
 from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.source import Source
 from qbench.engine.streams import Stream, chunked
+from qbench.formats import QTensor, quantize
+from qbench.formats.scheme import Scheme
 from qbench.stages.base import Kind
 from qbench.structure.blocks import BlockCall, capture_calls
 from qbench.structure.folds import find_folds
@@ -42,7 +44,8 @@ class StructureCache:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Ledger of the pass, decoded weights (empty unless kept), evaluation streams behind the last block."""
+    """Ledger of the pass, decoded weights and run-time quantization (empty unless kept), evaluation streams behind the
+    last block."""
 
     ledger: Ledger
     weights: Weights
@@ -73,12 +76,11 @@ def run_pass(
     with source.shell() as model:
         sample = torch.arange(16).remainder(model.config.get_text_config().vocab_size).view(2, 8).to(source.device)
         sample_hidden, sample_calls = capture_calls(model, sample)
-        if pipeline is not None and pipeline.needs_data:
+        if recipe is not None and (recipe.needs_full or recipe.needs_quantized):
             probed = evenly_spaced(pipeline.scope_tokens // calibration.shape[1], calibration.shape[0])
             stream = embed(source, model, calibration, calibration[probed])
-            uses_full = bool(pipeline.needs("full")) or pipeline.scope_tokens > 0
-            streams.full = stream if uses_full else None
-            streams.quantized = stream.copy() if pipeline.needs("quantized") else None
+            streams.full = stream if recipe.needs_full else None
+            streams.quantized = stream.copy() if recipe.needs_quantized else None
         followers = tuple(embed(source, model, windows) for windows in evaluations)
 
     transforms = pipeline is not None and any(stage.kind == Kind.TRANSFORM for stage in pipeline.stages)
@@ -89,24 +91,41 @@ def run_pass(
         setting = (torch.__version__, source.device, keep_weights, recipe, len(moving))
         identity = identity_of(*setting, calibration, *evaluations)
         first = resume.load(identity, moving, ledger, weights.tensors, source.device)
+        for index in range(first) if keep_weights and recipe is not None and recipe.scheme.at_run_time else ():
+            block = source.block(index)
+            structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
+            weights.receive_running(resume.restore(block, structure, index, recipe.scheme, source.count))
     for index in range(first, source.count):
         block = source.block(index)
-        finished = FinishedBlock(index, block, {}, ())
+        finished = FinishedBlock(index, block)
         if recipe is not None:
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
-            finished = quantize_block(block, structure, index, recipe, streams)
-            ledger.receive(finished)
+            finished = quantize_block(block, structure, index, source.count, recipe, streams)
+            ledger.receive(finished, source.dtype)
             if keep_weights:
                 weights.receive(finished)
         receive(finished)
         for follower in followers:
-            follower.advance(block, index)
+            follower.advance(block, index, finished.runtime())
         if resume is not None:
-            resume.save(index + 1, moving, ledger, weights.tensors)
+            resume.save(index + 1, moving, ledger, weights)
         progress(index + 1, source.count)
     if resume is not None:
         resume.discard()
+    head = quantized_head(source, recipe.scheme) if recipe is not None else None
+    if head is not None:
+        ledger.receive_head(head)
+        weights.head = head.dequantize()
     return PassResult(ledger, weights, followers)
+
+
+def quantized_head(source: Source, scheme: Scheme) -> QTensor | None:
+    """The head in the format that an override gives it, round to nearest (no block's algorithm reaches it)."""
+    fmt = scheme.of_weight("lm_head.weight", None, source.count)
+    if fmt is None:
+        return None
+    with source.shell() as model:
+        return quantize(model.get_output_embeddings().weight.detach().float(), fmt)
 
 
 def embed(source: Source, model: nn.Module, windows: Tensor, probed: Tensor | None = None) -> Stream:

@@ -6,14 +6,20 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qbench.engine.sinks import Ledger
+from qbench.engine.activations import InputQuantizer
+from qbench.engine.kv import CacheQuantizer
+from qbench.engine.loop import FinishedBlock
+from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.streams import Stream
+from qbench.formats import QParams
+from qbench.formats.scheme import Scheme
+from qbench.structure.trace import BlockStructure
 
 
 class ResumePoint:
@@ -27,26 +33,35 @@ class ResumePoint:
     def __init__(self, folder: Path, interval_s: float) -> None:
         self.folder, self.interval_s = folder, interval_s
         self._saved, self._blocks_saved, self._identity = time.monotonic(), 0, ""
+        self.running: dict[int, dict] = {}
 
-    def save(self, done: int, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor]) -> None:
+    def save(self, done: int, streams: list[Stream], ledger: Ledger, weights: Weights) -> None:
         """Called after block `done - 1`; does nothing before the interval has passed."""
         if time.monotonic() - self._saved < self.interval_s:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = list(weights.items())[self._blocks_saved :]
+        fresh = list(weights.tensors.items())[self._blocks_saved :]
         if fresh:
             self._write(f"weights-{done:05d}.pt", dict(fresh))
-        self._blocks_saved = len(weights)
-        chunks = [stream.chunks for stream in streams]
-        state = {"identity": self._identity, "done": done, "chunks": chunks, "ledger": asdict(ledger)}
+        self._blocks_saved = len(weights.tensors)
+        state = {
+            "identity": self._identity,
+            "done": done,
+            "chunks": [stream.chunks for stream in streams],
+            "ledger": asdict(ledger),
+            "running": {index: _state(finished) for index, finished in weights.running.items()},
+        }
         self._write("point.pt", state)
         self._saved = time.monotonic()
 
     def load(
         self, identity: str, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor], device: torch.device
     ) -> int:
-        """Number of finished blocks (0: none); fills streams, ledger and weights. Another pass's point is removed."""
-        self._identity = identity
+        """Number of finished blocks (0: none); fills streams, ledger and weights. Another pass's point is removed.
+
+        `running` holds afterwards what `restore` needs of what is quantized at run time.
+        """
+        self._identity, self.running = identity, {}
         point = self.folder / "point.pt"
         if not point.is_file():
             return 0
@@ -62,7 +77,27 @@ class ResumePoint:
         for name, value in saved["ledger"].items():
             setattr(ledger, name, [tuple(m) for m in value] if name == "metrics" else value)
         self._blocks_saved = len(weights)
+        self.running = saved["running"]
         return saved["done"]
+
+    def restore(
+        self, block: torch.nn.Module, structure: BlockStructure, index: int, scheme: Scheme, count: int
+    ) -> FinishedBlock:
+        """What is quantized while block `index` of `count` runs, as it was when the point was written."""
+        state = self.running.get(index, {"inputs": {}, "cache": None})
+        inputs = {
+            name: InputQuantizer(
+                format=scheme.of_input(name, index, count),
+                params=None if fields["params"] is None else QParams(**fields["params"]),
+                outer=fields["outer"],
+                where=fields["where"],
+            )
+            for name, fields in state["inputs"].items()
+        }
+        cache, halves = scheme.of_cache(index, count), state["cache"]
+        if cache is not None:
+            cache = CacheQuantizer(cache, *(None if half is None else QParams(**half) for half in halves))
+        return FinishedBlock(index, block, structure, inputs=inputs, cache=cache)
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -71,6 +106,22 @@ class ResumePoint:
         partial = self.folder / f".{name}.{os.getpid()}"
         torch.save(content, partial)
         os.replace(partial, self.folder / name)
+
+
+def _state(finished: FinishedBlock) -> dict:
+    """What is quantized while the block runs as plain values; formats are the recipe's."""
+    inputs = {
+        name: {"params": _plain(q.params), "outer": q.outer, "where": q.where} for name, q in finished.inputs.items()
+    }
+    cache = finished.cache
+    return {
+        "inputs": inputs,
+        "cache": None if cache is None else [_plain(h.params) for h in (cache.keys, cache.values)],
+    }
+
+
+def _plain(params: QParams | None) -> dict | None:
+    return None if params is None else {f.name: getattr(params, f.name) for f in fields(params)}
 
 
 def identity_of(*parts: object) -> str:

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from qbench.engine.loop import FinishedBlock
+from qbench.engine.runtime import Runtime, install
+from qbench.formats import QTensor
+from qbench.structure.blocks import find_blocks
 
 
 @dataclass
 class Ledger:
-    """Bits, digest and layer metrics of all finished blocks. Equal digests are equal codes, scales and zero points."""
+    """Bits, digest and layer metrics of all finished blocks. Equal digests are equal codes, scales and zero points.
+
+    Linear weights that stay in full precision count at the width of the model's dtype."""
 
     weight_bits: int = 0
     weight_count: int = 0
+    head_bits: int | None = None
     digests: list[str] = field(default_factory=list)
     metrics: list[tuple[int, str, str, float]] = field(default_factory=list)
 
-    def receive(self, finished: FinishedBlock) -> None:
+    def receive(self, finished: FinishedBlock, dtype: torch.dtype) -> None:
+        self.weight_bits += finished.unquantized * dtype.itemsize * 8
+        self.weight_count += finished.unquantized
         for name in sorted(finished.codes):
             codes = finished.codes[name]
             self.weight_bits += codes.storage_bits()
             self.weight_count += codes.codes.numel()
             self.digests.append(f"{finished.index} {name} {codes.sha256()}")
         self.metrics += [(finished.index, *metric) for metric in finished.metrics]
+
+    def receive_head(self, codes: QTensor) -> None:
+        self.head_bits = codes.storage_bits()
+        self.digests.append(f"head {codes.sha256()}")
 
     @property
     def codes_sha256(self) -> str:
@@ -37,26 +49,63 @@ class Ledger:
 
 @dataclass
 class Weights:
-    """Decoded parameters of finished blocks by their names in the model: what quantization changed, and no more."""
+    """Decoded parameters of finished blocks by their names in the model, and what is quantized while each runs: what
+    quantization changed, and no more. head: the decoded head, where it is quantized too."""
 
     prefix: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    running: dict[int, FinishedBlock] = field(default_factory=dict)
+    head: Tensor | None = None
 
     def receive(self, finished: FinishedBlock) -> None:
         for name, parameter in finished.block.named_parameters():
             self.tensors[f"{self.prefix}.{finished.index}.{name}"] = parameter.detach()
+        self.receive_running(finished)
+
+    def receive_running(self, finished: FinishedBlock) -> None:
+        """Only what is quantized while the block runs."""
+        if finished.inputs or finished.cache is not None:
+            self.running[finished.index] = replace(finished, codes={}, metrics=())
 
     @contextmanager
-    def inside(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` with these weights, in place; its own come back on leaving."""
+    def inside(self, model: nn.Module, *, cache: bool = True) -> Iterator[nn.Module]:
+        """`model` with these weights and its blocks quantizing what they should, in place; undone on leaving.
+
+        cache=False leaves keys and values alone, for a model that is given a quantized cache of its own.
+        """
         originals = {name: model.get_parameter(name).data for name in self.tensors}
-        try:
-            for name, value in self.tensors.items():
-                model.get_parameter(name).data = value
+        with ExitStack() as stack:
+            stack.callback(_assign, model, originals)
+            _assign(model, self.tensors)
+            stack.enter_context(with_head(model, self.head))
+            _, blocks = find_blocks(model)
+            for index, finished in self.running.items():
+                kept = replace(finished, block=blocks[index], cache=finished.cache if cache else None)
+                runtime = kept.runtime()
+                if isinstance(runtime, Runtime):
+                    stack.enter_context(install(blocks[index], runtime))
             yield model
-        finally:
-            for name, value in originals.items():
-                model.get_parameter(name).data = value
+
+
+def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).data = value
+
+
+@contextmanager
+def with_head(model: nn.Module, weight: Tensor | None) -> Iterator[nn.Module]:
+    """`model` with another head (None: its own), apart from an embedding that it shared; undone on leaving."""
+    if weight is None:
+        yield model
+        return
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    original, tied = head.weight, config.tie_word_embeddings
+    head.weight = nn.Parameter(weight.to(original), requires_grad=False)
+    config.tie_word_embeddings = False  # what is saved must not be tied again when it is loaded
+    try:
+        yield model
+    finally:
+        head.weight, config.tie_word_embeddings = original, tied
 
 
 def parameter_bytes(model: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, int]:

@@ -27,6 +27,7 @@ class Source(Protocol):
     model: nn.Module
     prefix: str
     device: torch.device
+    dtype: torch.dtype
 
     @property
     def count(self) -> int: ...
@@ -42,7 +43,8 @@ class MemorySource:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.prefix, self._blocks = find_blocks(model)
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
 
     @property
     def count(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from qbench.structure.trace import BlockStructure, LinearGroup, LinearTap
 
 #: Tokens per chunk: bounds the temporaries of one forward.
 CHUNK_TOKENS = 4096
+
+#: A block in which nothing is quantized while it runs.
+PLAIN = nullcontext()
 
 
 def chunked(windows: Tensor, tokens: int = CHUNK_TOKENS) -> tuple[Tensor, ...]:
@@ -47,10 +51,11 @@ class Stream:
             rows.append(self.chunks[chunk][index - starts[chunk]])
         return torch.stack(rows)
 
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Push every chunk through `block`."""
+    def advance(self, block: nn.Module, index: int, runtime: AbstractContextManager = PLAIN) -> None:
+        """Push every chunk through `block`, each inside `runtime` (what is quantized while the block runs)."""
         for k, chunk in enumerate(self.chunks):
-            self.chunks[k] = self.call(index, chunk)(block, chunk)
+            with runtime:
+                self.chunks[k] = self.call(index, chunk)(block, chunk)
 
     def observe(
         self, block: nn.Module, index: int, structure: BlockStructure, on_input: Callable[[LinearGroup, Tensor], None]
@@ -67,6 +72,7 @@ class Stream:
         structure: BlockStructure,
         on_input: Callable[[LinearGroup, Tensor], None],
         on_complete: Callable[[LinearGroup], None],
+        runtime: AbstractContextManager = PLAIN,
     ) -> None:
         """Advance through `block` in one trip, stopping at every group until all chunks have shown its input.
 
@@ -77,7 +83,7 @@ class Stream:
         Each chunk's forward runs in its own thread because a forward cannot be left and re-entered otherwise; only
         one thread runs at any time, in a fixed order, so the result does not depend on scheduling.
         """
-        _Trip(self, block, index, structure, on_input, on_complete).run()
+        _Trip(self, block, index, structure, on_input, on_complete, runtime).run()
 
 
 class _Trip:
@@ -91,7 +97,9 @@ class _Trip:
         structure: BlockStructure,
         on_input: Callable[[LinearGroup, Tensor], None],
         on_complete: Callable[[LinearGroup], None],
+        runtime: AbstractContextManager,
     ) -> None:
+        self.runtime = runtime
         self.stream, self.block, self.index, self.structure = stream, block, index, structure
         self.on_input, self.on_complete = on_input, on_complete
         count = len(stream.chunks)
@@ -149,7 +157,8 @@ class _Trip:
         if self.failure is not None:
             return
         chunk = self.stream.chunks[k]
-        with torch.no_grad(), LinearTap(self.block, self.structure, lambda group, x: self._arrive(k, group, x)):
+        tap = LinearTap(self.block, self.structure, lambda group, x: self._arrive(k, group, x))
+        with torch.no_grad(), self.runtime, tap:  # the tap sees inputs before they are quantized
             self.stream.chunks[k] = self.stream.call(self.index, chunk)(self.block, chunk)
 
     def _arrive(self, k: int, group: LinearGroup, x: Tensor) -> None:

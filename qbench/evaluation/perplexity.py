@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.engine.sinks import with_head
 from qbench.engine.source import Source
 from qbench.engine.streams import Stream
 from qbench.errors import EvaluationError
@@ -46,11 +47,15 @@ def window_nll(
 
 @torch.inference_mode()
 def stream_nll(
-    source: Source, stream: Stream, windows: Tensor, progress: Progress = lambda done, total: None
+    source: Source,
+    stream: Stream,
+    windows: Tensor,
+    progress: Progress = lambda done, total: None,
+    head: Tensor | None = None,
 ) -> Tensor:
-    """The same from hidden states behind the last block, window by window."""
+    """The same from hidden states behind the last block, window by window; `head` in place of the model's own."""
     values, tokens = [], iter(windows.split(1))
-    with source.shell() as model:
+    with source.shell() as model, with_head(model, head):
         for chunk in stream.chunks:
             for hidden in chunk.split(1):
                 window = next(tokens).to(source.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qbench.assets import ModelAsset
 from qbench.engine.loop import FinishedBlock
+from qbench.engine.sinks import with_head
 from qbench.engine.source import StreamSource
 from qbench.errors import AssetError, SpecError
 from qbench.export.artifact import describe
@@ -49,8 +50,9 @@ class StreamExport:
         }
         save_file(tensors, self.partial / _block_file(finished.index), metadata={"format": "pt"})
 
-    def close(self) -> Artifact:
-        """Write what lies outside the blocks, the index, configuration and tokenizer; then put all in place.
+    def close(self, head: Tensor | None = None) -> Artifact:
+        """Write what lies outside the blocks (`head` in place of the model's own), the index, configuration and
+        tokenizer; then put all in place.
 
         Raises AssetError where a block never came by: the pass went on behind a block that was not exported.
         """
@@ -61,7 +63,7 @@ class StreamExport:
                 f"export.path={self.folder}: block {missing[0]} and {len(missing) - 1} more are missing, because the "
                 "run went on from a point that was not exported; run it again"
             )
-        with self.source.shell() as model:
+        with self.source.shell() as model, with_head(model, head):
             outside = {
                 name: parameter.detach().cpu().contiguous()
                 for name, parameter in model.named_parameters(remove_duplicate=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -149,7 +150,13 @@ class Float(Element):
 
     @property
     def maximum(self) -> float:
-        return self._magnitudes[self.largest_code].item()
+        e, f = divmod(self.largest_code, 1 << self.mantissa)
+        step = 2.0 ** (max(e, 1) - self.bias - self.mantissa)
+        return step * (f + (1 << self.mantissa) * (e > 0))
+
+    @property
+    def has_nan(self) -> bool:
+        return self.specials in ("fn", "fnuz") or (self.specials == "ieee" and self.mantissa > 0)
 
     @property
     def extent(self) -> float:
@@ -178,7 +185,8 @@ class Float(Element):
         # the next binade by itself.
         shift = 23 - self.mantissa
         pattern = magnitude.view(torch.int32)
-        odd = (pattern >> shift) & 1
+        # Without mantissa bits the last bit of a code is that of its exponent, whose bias may be odd.
+        odd = ((pattern >> shift) + (127 - self.bias << self.mantissa)) & 1
         normal = ((pattern + (odd + ((1 << (shift - 1)) - 1))) >> shift << shift).view(torch.float32)
         # Subnormal values: adding 2^23 steps leaves no room for anything below one step.
         magic = 2.0 ** (23 + 1 - self.bias - self.mantissa)
@@ -189,7 +197,7 @@ class Float(Element):
 
     def to_codes(self, levels: Tensor) -> Tensor:
         nan = torch.isnan(levels)
-        if self.specials == "finite":
+        if not self.has_nan:
             _refuse_nan(levels, self.name)
         magnitude = levels.abs()
         normal = (magnitude.view(torch.int32) >> (23 - self.mantissa)) - ((127 - self.bias) << self.mantissa)
@@ -220,7 +228,7 @@ class Float(Element):
 class Codebook(Element):
     """Levels by value, ascending; the code is the index (NF4, AF4, ternary, anything learned)."""
 
-    label: str
+    label: str = field(compare=False)
     values: tuple[float, ...]
     bits: float
 
@@ -253,11 +261,19 @@ class Codebook(Element):
 
     def _index(self, x: Tensor) -> Tensor:
         """Index of the nearest level; exactly between two, the even one."""
-        levels = self.codebook.to(x.device)
+        return torch.bucketize(x.contiguous(), self._last_below.to(x.device))
+
+    @cached_property
+    def _last_below(self) -> Tensor:
+        """For every level but the last the largest float32 that is rounded to it: the midpoint to the next one if
+        that belongs to it, otherwise the number before. A midpoint is exact in float64 but often not in float32."""
+        levels = torch.tensor(self.values, dtype=torch.float64).float().double()
         midpoints = (levels[1:] + levels[:-1]) / 2
-        index = torch.bucketize(x.contiguous(), midpoints)  # of a tie: the lower one
-        bounded = index.clamp_max(len(midpoints) - 1)
-        return index + ((x == midpoints[bounded]) & (index < len(midpoints)) & (index % 2 == 1))
+        below = midpoints.float()
+        not_its_own = (below.double() > midpoints) | (
+            (below.double() == midpoints) & (torch.arange(len(below)) % 2 == 1)
+        )
+        return torch.where(not_its_own, torch.nextafter(below, torch.tensor(-torch.inf)), below)
 
 
 def default_specials(exponent: int, mantissa: int) -> Specials:

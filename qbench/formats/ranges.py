@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from qbench.formats.tensor import TensorFormat
 
-Method = Literal["minmax", "mse", "percentile", "absmean"]
+Method = Literal["minmax", "mse", "percentile", "absmean", "share"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class RangeFit:
 
     minmax: its extremes. mse: the shares 1, 1 - 1/grid, … above 1 - max_shrink of the extremes, whichever gives the
     smallest Σ|Q(x) - x|^norm; the whole range is among them. percentile: the `percentile` and 100 - `percentile` points
-    of its values. absmean: ± mean|x| (BitNet b1.58, arXiv 2402.17764).
+    of its values. absmean: ± mean|x| (BitNet b1.58, arXiv 2402.17764). share: `share` of the extremes (QuaRot's clip
+    ratio of activations).
     """
 
     method: Method = "minmax"
@@ -37,14 +38,15 @@ class RangeFit:
     grid: int = 100
     max_shrink: float = 0.8
     percentile: float = 99.9
+    share: float = 1.0
 
 
 def extrema(x: Tensor, fmt: TensorFormat) -> Range:
     """Min-max range of every block of x `[out, in]`; without a float zero point extended to include 0, so that the zero
     point exists."""
-    lower, upper = fmt.blocks(x).aminmax(dim=-1)
     if fmt.zero == "float":
-        return Range(lower, upper)
+        return Range(fmt.blocks(x, torch.inf).amin(dim=-1), fmt.blocks(x, -torch.inf).amax(dim=-1))
+    lower, upper = fmt.blocks(x).aminmax(dim=-1)
     return Range(lower.clamp_max(0), upper.clamp_min(0))
 
 
@@ -53,45 +55,57 @@ def find_range(x: Tensor, fmt: TensorFormat, outer: Tensor | None = None) -> Ran
     how = fmt.range
     if how.method == "minmax":
         return extrema(x, fmt)
+    if how.method == "share":
+        full = extrema(x, fmt)
+        return Range(how.share * full.lower, how.share * full.upper)
     if how.method == "mse":
         return _search(x, fmt, how, outer)
-    blocks = fmt.blocks(x)
     if how.method == "absmean":
-        count = fmt.block_sizes(x.shape, x.device)  # a short block is padded with zeros
-        mean = blocks.abs().sum(dim=-1) / count
+        mean = fmt.blocks(x).abs().sum(dim=-1) / fmt.block_sizes(x.shape, x.device)  # padded with zeros
         return Range(-mean, mean)
-    return _percentile(blocks, fmt, how.percentile)
+    return _percentile(x, fmt, how.percentile)
 
 
 def _search(x: Tensor, fmt: TensorFormat, how: RangeFit, outer: Tensor | None) -> Range:
     from qbench.formats.tensor import fake_quantize
 
+    def error(candidate: Range) -> Tensor:
+        delta = fake_quantize(x, fmt, candidate, outer).sub_(x)
+        return fmt.blocks(delta.abs_().pow_(how.norm)).sum(dim=-1)
+
     full = extrema(x, fmt)
-    best, lower, upper = None, full.lower, full.upper
-    for step in range(max(1, round(how.max_shrink * how.grid))):
+    lower, upper = full.lower, full.upper
+    best = of_full = error(full)
+    for step in range(1, round(how.max_shrink * how.grid)):
         share = 1 - step / how.grid
         candidate = Range(share * full.lower, share * full.upper)
-        delta = fake_quantize(x, fmt, candidate, outer).sub_(x)
-        error = fmt.blocks(delta.abs_().pow_(how.norm)).sum(dim=-1)
-        if best is None:
-            best = error
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
+        found = error(candidate)
+        better = found < best
+        best = torch.where(better, found, best)
         lower = torch.where(better, candidate.lower, lower)
         upper = torch.where(better, candidate.upper, upper)
-    return Range(lower, upper)
+    chosen = Range(lower, upper)
+    # Scales that are stored together come out otherwise than each did among those of its own share.
+    if fmt.scale.whole and bool(error(chosen).sum() > of_full.sum()):
+        return full
+    return chosen
 
 
-def _percentile(blocks: Tensor, fmt: TensorFormat, percentile: float) -> Range:
+def _percentile(x: Tensor, fmt: TensorFormat, percentile: float) -> Range:
     """Interpolated between neighbours in the sorted block, as numpy's default does."""
-    ordered = blocks.sort(dim=-1).values
-    place = (blocks.shape[-1] - 1) * percentile / 100
-    below = int(place)
-    above, share = min(below + 1, blocks.shape[-1] - 1), place - below
-    upper = torch.lerp(ordered[..., below], ordered[..., above], share)
-    last = blocks.shape[-1] - 1
-    lower = torch.lerp(ordered[..., last - below], ordered[..., last - above], share)
+    ordered = fmt.blocks(x, torch.inf).sort(dim=-1).values  # what pads a block at the edge comes last
+    last = fmt.block_sizes(x.shape, x.device).to(torch.int64) - 1
+    place = last.double() * (percentile / 100)
+    below = place.long()
+    above, share = torch.minimum(below + 1, last), (place - below).float()
+
+    def at(index: Tensor) -> Tensor:
+        return ordered.gather(-1, index[..., None])[..., 0]
+
+    lower, upper = (torch.lerp(at(a), at(b), share) for a, b in [(last - below, last - above), (below, above)])
+    # The percentiles may leave out the one value that must not go on.
+    finite = torch.isfinite(at(last) - at(torch.zeros_like(last)))
+    lower, upper = lower.where(finite, torch.nan), upper.where(finite, torch.nan)
     if fmt.zero == "float":
         return Range(lower, upper)
     return Range(lower.clamp_max(0), upper.clamp_min(0))

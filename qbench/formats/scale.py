@@ -33,16 +33,28 @@ class ScaleFormat(ABC):
 
     needs_outer: scales share a number (see `outer`) that has to be known before the first is stored. whole: scales are
     stored together, so that no block's scale is known before all are. by_row: scales of different rows share nothing.
+    dtype_stored, dtype_outer: what a scale (its code or itself) and what gives codes meaning are stored as.
     """
 
     name: str
     needs_outer: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
+    dtype_outer: ClassVar[torch.dtype] = torch.float32
 
-    @abstractmethod
+    @property
+    def dtype_stored(self) -> torch.dtype:
+        return torch.uint8
+
+    def shape_outer(self, rows: int, groups: int) -> tuple[int, ...] | None:
+        """Shape of `Stored.outer` for scales [rows, groups]; None where there is none."""
+        return None
+
     def bits(self, rows: int, groups: int) -> int:
-        """Storage of all scales."""
+        """Storage of all scales and of what gives them meaning."""
+        shape = self.shape_outer(rows, groups)
+        outer = 0 if shape is None else math.prod(shape) * self.dtype_outer.itemsize
+        return 8 * (rows * groups * self.dtype_stored.itemsize + outer)
 
     @abstractmethod
     def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
@@ -67,14 +79,15 @@ class FloatScale(ScaleFormat):
     def name(self) -> str:
         return self.dtype
 
-    def bits(self, rows: int, groups: int) -> int:
-        return rows * groups * DTYPES[self.dtype].itemsize * 8
+    @property
+    def dtype_stored(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
     def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
         scale = spread / extent
         stored = scale.to(DTYPES[self.dtype])
         info = torch.finfo(stored.dtype)
-        tiny = math.copysign(info.smallest_normal * info.eps, 1.0)  # the smallest subnormal
+        tiny = info.smallest_normal * info.eps  # the smallest subnormal
         underflowed = (stored == 0) & (scale != 0)
         value = torch.where(underflowed, torch.copysign(torch.full_like(scale, tiny), scale), stored.float())
         _require_finite(value, spread, f"in {self.dtype}", "scale_dtype=float32 is needed")
@@ -91,9 +104,6 @@ class PowerOfTwo(ScaleFormat):
     @property
     def name(self) -> str:
         return "e8m0" if self.rounding == "floor" else "e8m0ceil"
-
-    def bits(self, rows: int, groups: int) -> int:
-        return rows * groups * 8
 
     def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
         _require_finite(spread, spread, "in e8m0", "they cannot be quantized")
@@ -124,8 +134,8 @@ class Fp8Scale(ScaleFormat):
     def name(self) -> str:
         return "e4m3"
 
-    def bits(self, rows: int, groups: int) -> int:
-        return rows * groups * 8 + 32
+    def shape_outer(self, rows: int, groups: int) -> tuple[int, ...]:
+        return 1, 1
 
     def outer(self, amax: Tensor, extent: float) -> Tensor:
         largest = amax.max().float()
@@ -146,22 +156,37 @@ class Fp8Scale(ScaleFormat):
 @dataclass(frozen=True)
 class IntegerScale(ScaleFormat):
     """Integers 1 … 255 in units of one float16 scale per row: two-level formats such as INT4 groups inside INT8
-    channels (QServe, DGQ). The row's scale is max|x| / `protected`: 119 instead of 127 leaves room so that no decoded
-    value leaves the int8 range."""
+    channels (QServe, arXiv 2405.04532, §4.1; DGQ, arXiv 2310.04836), for integer elements.
 
-    protected: int = 119
+    The row's scale is max|x| / `protected`, rounded up: 119 instead of 127 for INT4 leaves room, so that no decoded
+    value of min-max ranges leaves int8. (Other ranges may: encoding clips what would.)
+    """
+
     needs_outer: ClassVar[bool] = True
+    dtype_outer: ClassVar[torch.dtype] = torch.float16
 
     @property
     def name(self) -> str:
         return "int8"
 
-    def bits(self, rows: int, groups: int) -> int:
-        return rows * groups * 8 + rows * 16
+    @staticmethod
+    def protected(extent: float) -> int:
+        """Largest int8 code p: rounded to multiples of s it moves by s/2, and the widest range of a group, from -p to
+        p, has steps of s = p / extent; so p + s/2 = 127."""
+        return int(127 * 2 * extent / (2 * extent + 1))
+
+    def shape_outer(self, rows: int, groups: int) -> tuple[int, ...]:
+        return rows, 1
 
     def outer(self, amax: Tensor, extent: float) -> Tensor:
         """float32 [rows, 1], representable in float16."""
-        return FloatScale("float16").store(amax.amax(dim=1, keepdim=True).float(), self.protected).value
+        largest, protected = amax.amax(dim=1, keepdim=True).float(), self.protected(extent)
+        value = FLOAT16.store(largest, protected).value
+        # Rounded down, a scale would let codes beyond `protected`; positive float16 patterns count upwards.
+        above = (value.to(torch.float16).view(torch.int16) + 1).view(torch.float16).float()
+        value = torch.where(value.double() * protected < largest.double(), above, value)
+        _require_finite(value, largest, "in float16", "they cannot be quantized in int8 channels")
+        return value
 
     def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
         _require_finite(spread, spread, "in int8", "they cannot be quantized")
@@ -185,8 +210,8 @@ class DoubleQuantized(ScaleFormat):
     def name(self) -> str:
         return "dq8"
 
-    def bits(self, rows: int, groups: int) -> int:
-        return rows * groups * 8 + 32 * (1 + -(-rows * groups // self.block))
+    def shape_outer(self, rows: int, groups: int) -> tuple[int, ...]:
+        return (1 + -(-rows * groups // self.block),)
 
     def store(self, spread: Tensor, extent: float, outer: Tensor | None = None) -> Stored:
         ideal = spread / extent
@@ -206,8 +231,7 @@ class DoubleQuantized(ScaleFormat):
         flat = dynamic_map().from_codes(codes.flatten())
         largest = outer[1:].repeat_interleave(self.block)[: len(flat)]
         value = (flat * largest + outer[0]).view(shape)
-        tiny = torch.finfo(torch.float32).smallest_normal
-        return torch.where(value <= 0, torch.where(outer[0] > 0, outer[0] * 1e-3, tiny), value)
+        return torch.where(value > 0, value, outer[0] * 1e-3).clamp_min(torch.finfo(torch.float32).smallest_normal)
 
 
 def dynamic_map() -> Codebook:

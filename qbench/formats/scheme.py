@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -29,7 +29,11 @@ class InputFormat:
 
     @property
     def label(self) -> str:
-        return f"{self.format.label.replace('channel', 'token')}{'_static' if self.static else ''}"
+        if self.format.name is not None:
+            return self.format.name
+        block = {"channel": "token", "column": "channel"}.get(self.format.block.label, self.format.block.label)
+        words = [self.format.element.name, block, *(["asym"] if self.format.zero != "none" else [])]
+        return "_".join([*words, *(["static"] if self.static else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class CacheFormat:
     static: bool = False
     across_heads: bool = False
     calibration: Calibration = "minmax"
-    layout: str = "token"
+    layout: str = field(default="token", compare=False)
 
     @property
     def needs_data(self) -> bool:
@@ -99,6 +103,14 @@ class Scheme:
     input: InputFormat | None = None
     cache: CacheFormat | None = None
     overrides: tuple[Override, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Short name such as `int4_g64_asym`, `int8_channel_sym+act-int8_token_sym` or `float+kv-int4_kivi_r128`."""
+        words = [self.weight.label if self.weight is not None else "float"]
+        words += [f"act-{self.input.label}"] if self.input is not None else []
+        words += [f"kv-{self.cache.label}"] if self.cache is not None else []
+        return "+".join(words) + ("+mixed" if self.overrides else "")
 
     @property
     def needs_data(self) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qbench.formats.element import Codebook, Element, Int
 from qbench.formats.ranges import Range, RangeFit, extrema, find_range
-from qbench.formats.scale import FLOAT16, SCALES, ScaleFormat
+from qbench.formats.scale import FLOAT16, FloatScale, SCALES, ScaleFormat
 
 if TYPE_CHECKING:
     from qbench.formats.qtensor import QTensor
@@ -71,7 +71,7 @@ class TensorFormat:
     scale: ScaleFormat = FLOAT16
     partial: bool = False
     range: RangeFit = field(default_factory=RangeFit)
-    name: str | None = None
+    name: str | None = field(default=None, compare=False)
 
     @property
     def group_size(self) -> int:
@@ -98,7 +98,7 @@ class TensorFormat:
             return self.name
         zero = {"none": "sym", "int": "asym", "float": "asym-float"}[self.zero]
         words = [self.element.name, self.block.label, *([zero] if isinstance(self.element, Int) else [])]
-        if self.scale.name != "float16":
+        if not isinstance(self.scale, FloatScale):
             words.append(self.scale.name)
         if self.range.method != ("absmean" if self.element.name == "ternary" else "minmax"):
             words.append(self.range.method)
@@ -138,9 +138,9 @@ class TensorFormat:
             zeros = down * across * 16
         return code_bits(self.element, out_features * in_features) + self.scale.bits(down, across) + int(zeros)
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """View (a copy where blocks span rows; zero-padded at a smaller edge) of x `[rows, columns]` as [block rows,
-        groups, elements].
+    def blocks(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """View (a copy where blocks span rows; padded with `fill` at a smaller edge) of x `[rows, columns]` as [block
+        rows, groups, elements].
 
         Zeros change no range that includes 0.
         """
@@ -148,7 +148,7 @@ class TensorFormat:
         height, width = self.block.rows or rows, self.block.columns or columns
         down, across = -(-rows // height), -(-columns // width)
         if (down * height, across * width) != (rows, columns):
-            x = F.pad(x, (0, across * width - columns, 0, down * height - rows))
+            x = F.pad(x, (0, across * width - columns, 0, down * height - rows), value=fill)
         if height == 1 or across == 1:
             return x.reshape(down, across, height * width)
         return x.reshape(down, height, across, width).transpose(1, 2).reshape(down, across, height * width)
@@ -218,11 +218,17 @@ def fit(x: Tensor, fmt: TensorFormat, clip: Range | None = None, outer: Tensor |
             largest = torch.where(upper > -lower, -largest, largest)
         stored = fmt.scale.store(largest, element.extent, outer)
         return QParams(stored.value, None, stored.codes, stored.outer)
-    stored = fmt.scale.store(upper - lower, element.steps, outer)
     if fmt.zero == "int":
+        stored = fmt.scale.store(upper - lower, element.steps, outer)
         zero = (-lower / stored.value).round_().clamp_(0, element.maximum)
     else:
+        # A short range far from 0 gets a longer step, so that float16 holds the zero point (half of its largest number
+        # leaves room for the rounding of tiny scales); the zero point's own rounding still costs more than the step.
         limit = torch.finfo(torch.float16).max
+        farthest = torch.maximum(lower.abs(), upper.abs())
+        stored = fmt.scale.store(
+            torch.maximum(upper - lower, farthest * (2 * element.steps / limit)), element.steps, outer
+        )
         zero = (-lower / stored.value).clamp_(-limit, limit).to(torch.float16).float()
     return QParams(stored.value, zero, stored.codes, stored.outer)
 
@@ -233,7 +239,9 @@ def encode(blocks: Tensor, fmt: TensorFormat, params: QParams) -> Tensor:
     if fmt.scale.name == "int8":
         # Two levels: first to the int8 codes of the row, then to the group's grid on them.
         codes = (blocks / params.outer[..., None]).round_().clamp_(-127, 127)
-        levels = codes.div_((params.scale / params.outer)[..., None])
+        step = (params.scale / params.outer)[..., None]
+        limit = torch.floor(127 / step)  # so that no decoded value leaves the int8 range
+        levels = torch.clamp(codes.div_(step), -limit, limit)
     else:
         levels = blocks / params.scale[..., None]
     if params.zero is None:

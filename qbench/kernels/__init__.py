@@ -11,11 +11,11 @@ runs where a caller gives none: a value to record beside a measurement. Triton i
 """
 
 from qbench.kernels.backend import BACKENDS, Backend, default_backend
-#from qbench.kernels.dequant_matmul import dequant_matmul
+from qbench.kernels.dequant_matmul import dequant_matmul
 from qbench.kernels.fake_quant import fake_quant
-#from qbench.kernels.hadamard import hadamard
-#from qbench.kernels.pack import pack, unpack
-#from qbench.kernels.quantize_token import quantize_token
+from qbench.kernels.hadamard import hadamard
+from qbench.kernels.pack import pack, unpack
+from qbench.kernels.quantize_token import quantize_token
 
 __all__ = [
     "BACKENDS",

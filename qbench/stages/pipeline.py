@@ -64,6 +64,10 @@ class Pipeline:
         return any(stage.uses_random for stage in self.stages)
 
     def check(self, formats: frozenset[TensorFormat]) -> None:
+        """Raises SpecError for formats that a stage cannot serve; `formats` are those of all quantized weights."""
+        names = "+".join(stage.name for stage in self.stages)
+        if not formats and names not in ("", "rtn"):
+            raise SpecError("format", "none", f"a weight format: {names} has nothing to do without one (algo=rtn can)")
         for stage in self.stages:
             stage.check(formats)
 

@@ -98,7 +98,8 @@ class Artifact:
 class RunColumns:
     """What is known about a run before it starts: the columns that people filter, group and plot by.
 
-    The full-precision baseline has `algo="none"` and None in `bits`, `group_size` and `symmetric`.
+    `bits` is a whole number but for ternary weights (1.58). The full-precision baseline has `algo="none"` and
+    None in `bits`, `group_size` and `symmetric`.
     `group_size` is -1 for one group per output channel and 0 for one per tensor. `spec` is the canonical spec
     as JSON values.
     """
@@ -109,7 +110,7 @@ class RunColumns:
     weight_format: str | None = None
     act_format: str | None = None
     kv_format: str | None = None
-    bits: int | None = None
+    bits: float | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     act_bits: int | None = None

@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0001"  # of the newest migration
+REVISION = "0002"  # of the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -67,7 +67,8 @@ run = Table(
     Column("weight_format", Text),
     Column("act_format", Text),
     Column("kv_format", Text),
-    Column("bits", Integer),
+    # A column of SQLite takes fractions (ternary weights: 1.58) whatever it was declared as.
+    Column("bits", Integer().with_variant(Double(), "postgresql")),
     Column("group_size", Integer),
     Column("symmetric", Boolean),
     Column("act_bits", Integer),

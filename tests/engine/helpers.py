@@ -9,6 +9,7 @@ from qbench.assets import resolve_model
 from qbench.calibration.corpora import pydoc_split
 from qbench.engine.loop import Recipe
 from qbench.formats import uniform
+from qbench.formats.scheme import Scheme
 from qbench.models.load import load_tokenizer
 from qbench.stages.pipeline import build_pipeline
 from qbench.structure.blocks import capture_calls, find_blocks
@@ -30,7 +31,7 @@ def recipe(algorithm, *, bits=3, group_size=8, symmetric=False, scale="float16",
     nodes = [{"stage": name, **options.get(name, {})} for name in ALGORITHMS[algorithm]]
     pipeline = build_pipeline(nodes)
     pipeline.check(frozenset({fmt}))
-    return Recipe(pipeline, fmt)
+    return Recipe(pipeline, Scheme(weight=fmt))
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def _quantize(source, structure, stream, wanted):
     """The first block under a recipe whose search looks at two sequences."""
     streams = Streams(full=stream.copy(), quantized=stream.copy() if wanted.pipeline.needs("quantized") else None)
     block = source.block(0)
-    return quantize_block(block, structure, 0, wanted, streams), streams
+    return quantize_block(block, structure, 0, 1, wanted, streams), streams
 
 
 AWQ = recipe("awq_scale", awq_scale={"search_tokens": 32})
@@ -102,7 +102,7 @@ def test_statistics_go_through_a_transform_with_the_weights(name):
     source, structure, stream, _ = _prepared(name)
     (scale,) = (stage for stage in AWQ.pipeline.stages if stage.name == "awq_scale")
     kept = {}
-    _quantize(source, structure, stream, Recipe(Pipeline((scale, _Keeping(kept=kept))), AWQ.format))
+    _quantize(source, structure, stream, Recipe(Pipeline((scale, _Keeping(kept=kept))), AWQ.scheme))
     block, scaled = kept["block"], 0
     for group in structure.groups:
         transformed, untouched = (_inputs(each, group, stream) for each in (block, source.block(0)))

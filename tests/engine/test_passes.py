@@ -15,6 +15,7 @@ from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
 from qbench.engine.streams import chunked
 from qbench.formats import quantize, uniform
+from qbench.formats.scheme import Scheme
 from qbench.stages.base import Need
 from qbench.stages.gptq_core import gptq
 from qbench.stages.pipeline import Pipeline
@@ -112,7 +113,7 @@ class _Quantized(_Full):
 def _statistics(kind, model, calibration):
     stage = kind(seen=[])
     fmt = uniform(bits=3, group_size=8, symmetric=False)
-    result = _run(model, Recipe(Pipeline((stage,)), fmt), calibration)
+    result = _run(model, Recipe(Pipeline((stage,)), Scheme(weight=fmt)), calibration)
     return stage.seen, result
 
 

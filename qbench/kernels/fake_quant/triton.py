@@ -52,6 +52,7 @@ def fake_quant(
         WIDTH=width,
         WHOLE=width >= group,
         num_warps=8 if pairs * width > _TILE else 4,
+        enable_fp_fusion=False,
     )
     return out
 
@@ -138,9 +139,7 @@ def fake_quant_kernel(
 
 
 @triton.jit
-def decode(
-    x: tl.tensor, s: tl.tensor, z: tl.tensor, minimum: tl.constexpr, steps: tl.constexpr
-) -> tl.tensor:
+def decode(x: tl.tensor, s: tl.tensor, z: tl.tensor, minimum: tl.constexpr, steps: tl.constexpr) -> tl.tensor:
     """s (q - z), q = clamp(round(x / s) + z, minimum, minimum + steps); NaN where x or s is."""
     # Cut far outside the codes, so that the magic number of round_even can hold what is left.
     quotient = tl.minimum(tl.maximum(tl.div_rn(x, s), -65536.0), 65536.0)

@@ -13,10 +13,10 @@ from qbench.kernels.hadamard import reference
 def hadamard(x: Tensor, base: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
     """x [..., n] times H^T / sqrt(n) with H = kron(base, Sylvester 2^a), n = k * 2^a, in x's dtype.
 
-    base: Hadamard matrix [k, k] (`qbench.hadamard.hadamard(k)` with (k, a) = `decompose(n)`), of any real dtype and on
-    any device; None: k = 1, n a power of two. That H is `qbench.hadamard.hadamard(n)`, so a weight [out, n] that meets
-    transformed inputs is transformed along `in` by the same call. The inverse is `hadamard(y, base.T)`: Sylvester's
-    matrix is symmetric, a base need not be.
+    base: Hadamard matrix [k, k] (`qbench.hadamard.hadamard(k)` with (k, a) = `decompose(n)`) of any real dtype, best
+    kept on x's device; None: k = 1, n a power of two. That H is `qbench.hadamard.hadamard(n)`, so a weight [out, n]
+    that meets transformed inputs is transformed along `in` by the same call. The inverse is `hadamard(y, base.T)`:
+    Sylvester's matrix is symmetric, a base need not be.
 
     x is float32, float16 or bfloat16 (the reference also takes float64); computed in float32 at least. n (a + k)
     additions per row instead of n^2. Raises SpecError for another dtype and for an n that is not k * 2^a.
@@ -32,7 +32,7 @@ def hadamard(x: Tensor, base: Tensor | None = None, *, backend: Backend | None =
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     if base is None:
-        base = torch.ones(1, 1)
+        base = torch.ones(1, 1, device=x.device)
     rows = x.reshape(-1, n)
     if x.dtype != torch.float64 and choose(backend, x) == "triton":
         from qbench.kernels.hadamard import triton

@@ -2,7 +2,7 @@
 
 Butterflies would move the tile through shared memory about a times, two dots with Sylvester matrices do so twice, and
 their +-1 are exact in every format. x of 16 bits is exact in TF32 (significands of 8 and 11 bits against 11), so the
-first dot loses nothing; the others take float32 apart into three TF32 products, which leaves an error of about 2^-21.
+first dot loses nothing; the others take float32 apart into two TF32 numbers, which leaves an error of about 2^-22.
 One pass over memory where k is at most 64 and a row fits in registers, else two: 2^a, then the base.
 """
 
@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbench.kernels.hadamard.reference import sylvester
 from qbench.kernels.triton import store_rounded
 
 _TILE = 16384
 """Most elements of a program's tile: 64 KiB of float32 in registers of 8 warps."""
+_LONGEST = 8192
+"""Longest 2^a of one program: its two matrices and operands want at most 163 KiB of shared memory (sm_80's)."""
 _USUAL_TILE = 4096
 _WIDEST_BASE = 64
 _SHORTEST = 16
@@ -27,13 +30,16 @@ def hadamard(x: Tensor, base: Tensor) -> Tensor:
     """As `reference.hadamard`, for float32, float16 and bfloat16."""
     rows, n = x.shape
     length = n // base.shape[0]
-    # Sylvester 2^a = kron(Sylvester 2^(a-c), Sylvester 2^c): what a tile cannot hold, or a dot not take, joins the base.
+    # Sylvester 2^a = kron(Sylvester 2^(a-c), Sylvester 2^c): what no tile holds, or no dot takes, joins the base.
     if length < _SHORTEST:
         folded, length = length, 1
     else:
-        folded, length = max(1, length // _TILE), min(length, _TILE)
+        folded, length = max(1, length // _LONGEST), min(length, _LONGEST)
     k = n // length
-    matrix = torch.kron(base.to(x.device, torch.float32), _sylvester(folded, x.device)).contiguous()
+    matrix = base.to(x.device)
+    if folded > 1:
+        matrix = torch.kron(matrix, sylvester(folded, matrix))
+    matrix = matrix.contiguous()
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     wide = max(_SHORTEST, triton.next_power_of_2(k)) if k > 1 else 1
     if wide <= _WIDEST_BASE and wide * length <= _TILE:
@@ -47,19 +53,12 @@ def hadamard(x: Tensor, base: Tensor) -> Tensor:
     return out
 
 
-def _sylvester(n: int, device: torch.device) -> Tensor:
-    index = torch.arange(n, device=device)
-    both = index[:, None] & index[None, :]
-    ones = sum((both >> bit) & 1 for bit in range(n.bit_length())) if n > 1 else both
-    return 1.0 - 2.0 * (ones % 2)
-
-
 def _transform(x: Tensor, out: Tensor, matrix: Tensor, length: int, wide: int, factor: float) -> None:
     """One pass: Sylvester along `length` and, where wide > 1, the base [k, k] padded to [wide, wide]."""
     rows = x.shape[0]
     log = length.bit_length() - 1
     first = 1 if length <= 128 else 1 << (log // 2)
-    per = max(1, _USUAL_TILE // (wide * length), _SHORTEST if length == 1 else _SHORTEST * 16 // (wide * length))
+    per = max(1, _USUAL_TILE // (wide * length))  # so that every dot has at least 16 rows
     tile = per * wide * length
     transform_kernel[(triton.cdiv(rows, per),)](
         x,
@@ -74,7 +73,8 @@ def _transform(x: Tensor, out: Tensor, matrix: Tensor, length: int, wide: int, f
         WIDE=wide,
         FIRST=first,
         SECOND=length // first,
-        num_warps=8 if tile > _USUAL_TILE else 4,
+        num_warps=8 if tile >= _USUAL_TILE else 4,
+        enable_fp_fusion=True,
     )
 
 
@@ -98,11 +98,23 @@ def _mix(x: Tensor, out: Tensor, matrix: Tensor, length: int, factor: float) -> 
         BLOCK_K=32,
         num_warps=4,
         num_stages=3,
+        enable_fp_fusion=True,
     )
 
 
 @triton.jit
-def sylvester(N: tl.constexpr) -> tl.tensor:
+def dot_signs(y: tl.tensor, signs: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
+    """y times a matrix of +-1 and 0 in float32 precision, by TF32 (one product where y is EXACT in TF32, else two)."""
+    if EXACT:
+        return tl.dot(y, signs, input_precision="tf32")
+    else:  # noqa: RET505
+        # The first 10 bits of the significand; the remaining 13 are a number of their own, of which TF32 keeps 11.
+        high = (y.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        return tl.dot(high, signs, tl.dot(y - high, signs, input_precision="tf32"), input_precision="tf32")
+
+
+@triton.jit
+def sylvester_tile(N: tl.constexpr) -> tl.tensor:
     """float32 [N, N], N <= 256: -1 where i and j have an odd number of ones in common."""
     both = tl.arange(0, N)[:, None] & tl.arange(0, N)[None, :]
     both ^= both >> 4
@@ -135,26 +147,20 @@ def transform_kernel(
     mask = ((row < rows) & (part < K))[:, None] & (within < SECOND)[None, :]
     loaded = tl.load(x + (row * x_row + column * x_column)[:, None] + (within * x_column)[None, :], mask=mask, other=0)
     y = loaded.to(tl.float32)
-    if x.dtype.element_ty == tl.float32:
-        precision: tl.constexpr = "tf32x3"
-    else:
-        precision: tl.constexpr = "tf32"
+    exact: tl.constexpr = x.dtype.element_ty != tl.float32
     if SECOND > 1:
-        y = tl.dot(y, sylvester(SECOND), input_precision=precision)
+        y = dot_signs(y, sylvester_tile(SECOND), exact)
     if FIRST > 1:
         y = tl.permute(tl.reshape(y, (ROWS * WIDE, FIRST, SECOND)), (0, 2, 1))
         y = tl.reshape(y, (ROWS * WIDE * SECOND, FIRST))
-        y = tl.dot(y, sylvester(FIRST), input_precision="tf32x3")
+        y = dot_signs(y, sylvester_tile(FIRST), False)
         y = tl.permute(tl.reshape(y, (ROWS * WIDE, SECOND, FIRST)), (0, 2, 1))
     if WIDE > 1:
         i = tl.arange(0, WIDE)
         transposed = tl.load(matrix + i[None, :] * K + i[:, None], mask=(i < K)[None, :] & (i < K)[:, None], other=0)
         y = tl.permute(tl.reshape(y, (ROWS, WIDE, FIRST * SECOND)), (0, 2, 1))
         y = tl.reshape(y, (ROWS * FIRST * SECOND, WIDE))
-        if SECOND > 1:
-            y = tl.dot(y, transposed, input_precision="tf32x3")
-        else:
-            y = tl.dot(y, transposed, input_precision=precision)
+        y = dot_signs(y, transposed.to(tl.float32), exact and SECOND == 1)
         y = tl.permute(tl.reshape(y, (ROWS, FIRST * SECOND, WIDE)), (0, 2, 1))
     y = tl.reshape(y, (ROWS * WIDE * FIRST, SECOND)) * factor
     store_rounded(out + (row * (K * FIRST * SECOND) + column)[:, None] + within[None, :], y, mask)
@@ -187,7 +193,7 @@ def mix_kernel(
         offset = (row * x_row + position * x_column)[:, None] + (j * LENGTH * x_column)[None, :]
         values = tl.load(x + offset, mask=inside, other=0).to(tl.float32)
         weights = tl.load(matrix + i[None, :] * K + j[:, None], mask=(i < K)[None, :] & (j < K)[:, None], other=0)
-        y = tl.dot(values, weights, y, input_precision="tf32x3")
+        y += dot_signs(values, weights.to(tl.float32), x.dtype.element_ty != tl.float32)
     mask = (pair < total)[:, None] & (i < K)[None, :]
     offset = (row * (K * LENGTH) + position)[:, None] + (i * LENGTH)[None, :]
     store_rounded(out + offset, y * factor, mask)

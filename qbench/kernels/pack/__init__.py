@@ -40,9 +40,7 @@ def pack(codes: Tensor, bits: int, *, backend: Backend | None = None) -> Tensor:
     return reference.pack(raw, bits)
 
 
-def unpack(
-    packed: Tensor, bits: int, columns: int, dtype: torch.dtype, *, backend: Backend | None = None
-) -> Tensor:
+def unpack(packed: Tensor, bits: int, columns: int, dtype: torch.dtype, *, backend: Backend | None = None) -> Tensor:
     """Codes [rows, columns] of `dtype` from what `pack` made: its exact inverse for codes in range.
 
     Raises SpecError for a dtype or number of bits that `pack` refuses and for rows of another length.

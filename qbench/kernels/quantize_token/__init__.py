@@ -17,10 +17,10 @@ Code = Literal["int8", "float8_e4m3fn"]
 def quantize_token(x: Tensor, *, code: Code = "int8", backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """Codes [..., features] (int8 or float8_e4m3fn) and float32 scale [..., 1] of x [..., features], one per token.
 
-    s = 2 max|x| / 255 for int8 codes -128 ... 127, s = max|x| / 448 for float8 (its largest finite number); codes are
-    x / s, nearest, ties to even, saturating; computed in float32, so x ~ codes.float() * s. A token of zeros gets s = 1,
-    one whose scale would underflow the smallest subnormal. A token with a NaN or an infinity gets s = NaN and codes 0
-    (a check that raised would stall a GPU).
+    s = 2 max|x| / 255 for int8 codes -128 ... 127, s = max|x| / 448 for float8 (its largest finite number). Codes are
+    x / s, nearest, ties to even, saturating; computed in float32, so that x is about codes.float() * s. A token of
+    zeros (or so small that s would be 0) gets s = 1. A token with a NaN or an infinity gets s = NaN and codes 0: a check
+    that raised would stall a GPU.
 
     x is float32, float16 or bfloat16. Raises SpecError for another dtype or code.
     """

@@ -38,6 +38,7 @@ def quantize_token(x: Tensor, code: str) -> tuple[Tensor, Tensor]:
         WIDTH=width,
         WHOLE=width >= features,
         num_warps=8 if rows * width > _TILE else 4,
+        enable_fp_fusion=False,
     )
     return codes.view(getattr(torch, code)), scale
 

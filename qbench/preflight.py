@@ -1,0 +1,162 @@
+"""What can be refused from a model's configuration alone: group sizes, patterns and contexts that don't fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qbench.compose import Point
+from qbench.engine.kv import check_cache
+from qbench.errors import SpecError
+from qbench.formats.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One linear weight by its full name; `block` is None outside the decoder blocks, `path` its name in the block."""
+
+    name: str
+    path: str
+    block: int | None
+    out_features: int
+    in_features: int
+
+
+def check_point(point: Point, skeleton: PreTrainedModel) -> None:
+    """Raises SpecError for what the model's shape does not allow."""
+    check_context(point, skeleton)
+    if point.scheme is None:
+        return
+    shapes, blocks = linear_shapes(skeleton)
+    check_overrides(point.scheme, shapes, blocks)
+    check_groups(point.scheme, shapes, blocks)
+    check_attention(point, skeleton, blocks)
+
+
+def check_context(point: Point, skeleton: PreTrainedModel) -> None:
+    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # positions are not bounded (ALiBi)
+        return
+    lengths = [("eval.length", wanted.length) for wanted in point.evaluations]
+    if point.spec.calibration is not None:
+        lengths.append(("calib.length", point.spec.calibration.length))
+    for option, length in lengths:
+        if length > limit:
+            raise SpecError(option, length, f"at most {limit}, the context of {point.model.name}")
+
+
+def check_overrides(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> None:
+    """Every override must match something; a block number must exist."""
+    for override in scheme.overrides:
+        for number in override.blocks or ():
+            if not -blocks <= number < blocks:
+                raise SpecError("overrides.blocks", number, f"a block of this model, {-blocks} to {blocks - 1}")
+        if not any(override.matches(shape.path, shape.block, blocks) for shape in shapes):
+            names = dict.fromkeys(_owner(shape.path) for shape in shapes)
+            raise SpecError(
+                "overrides.modules", override.modules, f"matches nothing; this model has {', '.join(names)}"
+            )
+
+
+def check_groups(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> None:
+    """Groups must divide in_features of the weights and of their inputs, unless a rest is allowed."""
+    for shape in shapes:
+        weight = scheme.of_weight(shape.path, shape.block, blocks)
+        if weight is None:
+            continue
+        if not weight.fits(shape.in_features, shape.out_features):
+            remedy = "-1 (channel), 0 (tensor); or partial_group=true for a shorter last group"
+            option, size = ("format", weight.name) if weight.name else ("group_size", weight.group_size)
+            if weight.name:
+                accepted = (
+                    f"blocks of {weight.block.columns} do not divide in_features {shape.in_features} of {shape.name}"
+                )
+            else:
+                accepted = (
+                    f"does not divide in_features {shape.in_features} of {shape.name}; sizes that fit every layer: "
+                    f"{_fitting(shapes)}, {remedy}"
+                )
+            raise SpecError(option, size, accepted)
+        inputs = scheme.of_input(shape.path, shape.block, blocks) if shape.block is not None else None
+        if inputs is not None and not inputs.format.fits(shape.in_features):
+            option, size = (
+                ("act.format", inputs.format.name)
+                if inputs.format.name
+                else (
+                    "act.group_size",
+                    inputs.format.block.columns,
+                )
+            )
+            raise SpecError(
+                option,
+                size,
+                f"groups of {inputs.format.block.columns} do not divide in_features {shape.in_features} of "
+                f"{shape.name}; sizes that fit every layer: {_fitting(shapes)}",
+            )
+
+
+def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> None:
+    """A quantized cache needs torch's attention function, where keys and values can be replaced."""
+    formats = {point.scheme.of_cache(block, blocks) for block in range(blocks)} - {None}
+    if not formats:
+        return
+    config = skeleton.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        raise SpecError(
+            "kv_bits",
+            point.spec.scheme.cache.label if point.spec.scheme.cache else "overrides",
+            f"a model with torch's scaled-dot-product attention; {point.model.name} needs {config._attn_implementation}",
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for fmt in formats:
+        check_cache(fmt, head_dim)
+
+
+def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
+    """The linear weights of the blocks and the head, without running the model, and the number of blocks."""
+    from transformers.pytorch_utils import Conv1D
+
+    from qbench.structure.blocks import find_blocks
+
+    shapes = []
+    prefix, blocks = find_blocks(skeleton)
+    for number, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Embedding) or parameter.ndim not in (2, 3):
+                    continue
+                size = tuple(parameter.shape[-2:])
+                rows, columns = size[::-1] if isinstance(module, Conv1D) else size
+                inner = f"{path}.{name}" if path else name
+                shapes.append(
+                    LinearShape(
+                        name=f"{prefix}.{number}.{inner}",
+                        path=inner,
+                        block=number,
+                        out_features=rows,
+                        in_features=columns,
+                    )
+                )
+    head = skeleton.get_output_embeddings()
+    if head is not None:
+        rows, columns = head.weight.shape
+        shapes.append(
+            LinearShape(
+                name="lm_head.weight", path="lm_head.weight", block=None, out_features=rows, in_features=columns
+            )
+        )
+    return shapes, len(blocks)
+
+
+def _fitting(shapes: list[LinearShape]) -> str:
+    widths = {shape.in_features for shape in shapes if shape.block is not None}
+    return ", ".join(str(g) for g in range(8, min(widths) + 1) if all(width % g == 0 for width in widths))
+
+
+def _owner(path: str) -> str:
+    return path.rpartition(".")[0] or path
