@@ -25,6 +25,7 @@ from qbench.stages.pipeline import Pipeline, build_pipeline
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLERS = ("random", "sequential")
 SOURCES = ("memory", "stream")
+MODES = ("prefill", "decode")
 EXPORTS = ("none", "hf")
 
 
@@ -87,11 +88,11 @@ def freeze(config: DictConfig) -> Point:
         raise SpecError("algo", values["algo"]["name"], "rtn or another algorithm: inputs or cache are to be quantized")
     pipeline.check(scheme.weights)
     device = _device(values["device"])
-    evaluations, corpora = _evaluations(values["eval"])
+    source = choice("source", values["source"], SOURCES)
+    evaluations, corpora = _evaluations(values["eval"], source)
     needs_data = pipeline.needs_data or (bool(pipeline.stages) and scheme.needs_data)
     calibration_spec, calibration = _calibration(values["calib"], needs_data)
     dtype = choice("dtype", values["dtype"], DTYPES)
-    source = choice("source", values["source"], SOURCES)
     export = _export(values["export"])
     batch = values["eval"]["batch"]
     resume_s = values["resume_s"]
@@ -158,9 +159,14 @@ def _calibration(node: Mapping[str, Any], needs_data: bool) -> tuple[Calibration
     return spec, corpus
 
 
-def _evaluations(node: Mapping[str, Any]) -> tuple[tuple[EvaluationSpec, ...], tuple[Corpus, ...]]:
+def _evaluations(node: Mapping[str, Any], source: str) -> tuple[tuple[EvaluationSpec, ...], tuple[Corpus, ...]]:
     length = integer("eval.length", node["length"], 2)
     n = None if node["n"] is None else integer("eval.n", node["n"], 1)
+    mode = choice("eval.mode", node["mode"], MODES)
+    if mode == "decode" and source != "memory":
+        raise SpecError(
+            "eval.mode", mode, "source=memory: a model that is read block by block decodes no single tokens"
+        )
     if node["path"] is not None:
         corpora = [resolve_corpus(Path(str(node["path"])).stem, str(node["path"]), option="eval.path")]
     else:
@@ -176,6 +182,7 @@ def _evaluations(node: Mapping[str, Any]) -> tuple[tuple[EvaluationSpec, ...], t
             fingerprint=corpus.fingerprint,
             length=length,
             n=n,
+            mode=mode,
         )
         for corpus in corpora
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import PassResult, StructureCache, run_pass
 from qbench.engine.resume import ResumePoint
-from qbench.engine.sinks import Ledger, parameter_bytes
+from qbench.engine.sinks import Ledger, Weights, parameter_bytes
 from qbench.engine.source import Source
 from qbench.errors import NumericsError
+from qbench.evaluation.decode import decode_nll
 from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
 from qbench.formats.scheme import Scheme
@@ -186,23 +186,30 @@ class _Job:
 
     def in_memory(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
-        measurements, artifacts, ledger = [], [], Ledger()
-        with ExitStack() as stack:
-            model = self.source.model
-            if self.point.recipe is not None:
-                with self.phases("quantize"):
-                    result = self._pass(progress)
-                ledger = result.ledger
-                release_free_memory()
-                model = stack.enter_context(result.weights.inside(model))
-            with self.phases("evaluate"):
-                for spec, tokens in zip(self.evaluations, self.windows, strict=True):
-                    nll = window_nll(model, tokens, self.point.batch, partial(progress, "evaluate"))
-                    measurements.append(perplexity(nll, spec))
-            if self.point.export is not None:
-                with self.phases("export"):
-                    artifacts.append(export_memory(self.point.export, model, self.point.model))
+        ledger, weights = Ledger(), Weights(self.source.prefix)
+        if self.point.recipe is not None:
+            with self.phases("quantize"):
+                result = self._pass(progress)
+            ledger, weights = result.ledger, result.weights
+            release_free_memory()
+        measurements, artifacts = [], []
+        with self.phases("evaluate"):
+            for spec, tokens in zip(self.evaluations, self.windows, strict=True):
+                measurements.append(perplexity(self._nll(weights, spec, tokens, progress), spec))
+        if self.point.export is not None:
+            with self.phases("export"), weights.inside(self.source.model) as model:
+                artifacts.append(export_memory(self.point.export, model, self.point.model))
         return ledger, measurements, artifacts
+
+    def _nll(self, weights: Weights, spec: EvaluationSpec, tokens: torch.Tensor, progress: Progress) -> torch.Tensor:
+        """NLL of every window, in one forward each or token by token through the cache."""
+        report = partial(progress, "evaluate")
+        if spec.mode == "prefill":
+            with weights.inside(self.source.model) as model:
+                return window_nll(model, tokens, self.point.batch, report)
+        formats, params = weights.caches(self.source.count)
+        with weights.inside(self.source.model, cache=False) as model:
+            return decode_nll(model, tokens, formats, params, self.point.batch, report)
 
     def streamed(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """One pass over the blocks on disk: quantize one, push evaluation streams through it, export it, drop it."""

@@ -94,7 +94,8 @@ class RunSpec:
 class EvaluationSpec:
     """One measurement that is wanted of a model: perplexity of one text under the `window-<length>` protocol.
 
-    `n` is the number of windows (None: all). `task` is the text's name and, like every label, not in the key.
+    `mode` "prefill" reads a window in one forward, "decode" token by token through the cache. `n` is the number of
+    windows (None: all). `task` is the text's name and, like every label, not in the key.
     """
 
     evaluator: str
@@ -103,10 +104,11 @@ class EvaluationSpec:
     fingerprint: str
     length: int
     n: int | None
+    mode: str = "prefill"
 
     @property
     def protocol(self) -> str:
-        return f"window-{self.length}"
+        return f"{'window' if self.mode == 'prefill' else self.mode}-{self.length}"
 
     def key(self) -> str:
         tagged = _tagged(self)

@@ -1,128 +1,119 @@
 """Where to clip values that are known as a histogram, so that rounding and clipping cost the least squared error.
 
-Lengths are in units of the bin width, in which bin k spans [k - BINS, k - BINS + 1]; values count as evenly spread in
-their bin.
+Lengths are in units of the bin width: bin k spans [k - BINS, k - BINS + 1], and values are evenly spread in their bin.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from qbench.formats.element import Element, Int
+from qbench.formats.element import Int
 from qbench.formats.ranges import Range
 from qbench.formats.tensor import TensorFormat
 
 BINS = 2048
 """Bins on either side of 0."""
 
-_CHUNK = 32
-"""Thresholds whose errors are computed together, and _GROUPS whose histograms: bound memory."""
-_GROUPS = 512
+_ENDS, _ROUNDS = 33, 3
+"""Candidates for an end in each round; from 2 * 2048 bins, three rounds come down to single ones."""
 
-_ENDS, _ROUNDS = 65, 3
-"""Candidates per end and round; 2 * 2048 bins are down to single ones in three rounds."""
+_AT_ONCE = 1 << 20
+"""Levels looked at together: bounds memory to some ten megabytes."""
 
 
 def best_range(counts: Tensor, width: Tensor, whole: Range, format: TensorFormat) -> Range:
-    """Part of the `whole` range ([groups] each) that makes quantization in `format` cost least, [groups] each.
+    """The part of the `whole` range ([groups] each) with which quantizing in `format` costs least, [groups] each.
 
-    counts: int [groups, 2 BINS]; width: float32 [groups], length of a bin. How scales are stored is left out: they
-    count as exact. Without a zero point both ends are clipped at the same magnitude and errors are those of the
-    element's own levels; with one, each has its own end and steps count as (upper - lower)^2 / (12 (2^b - 1)^2), as if
-    values were spread evenly over a step (METHODS 3.1).
+    counts: int [groups, 2 BINS]; width: float32 [groups], length of a bin. Ends are tried at the bins' edges, in steps
+    that are refined around the best. The error is that of the format's own levels, but scales count as exact, however
+    they are stored. Without a zero point both ends are clipped at one magnitude, with one each has its own.
     """
-    search = _symmetric if format.zero == "none" else _asymmetric
-    parts = zip(*(x.split(_GROUPS) for x in (counts, width, whole.lower, whole.upper)), strict=True)
-    found = [search(count, size, Range(low, high), format) for count, size, low, high in parts]
-    lower, upper = (torch.cat(ends) for ends in zip(*found, strict=True))
+    search = _one_magnitude if format.zero == "none" else _two_ends
+    candidates = _ENDS if format.zero == "none" else _ENDS**2
+    some = max(1, _AT_ONCE // (candidates * len(format.element.codebook)))
+    parts = zip(*(x.split(some) for x in (counts, width, whole.lower, whole.upper)), strict=True)
+    found = [
+        search(Density(count.double()), low.double() / size, high.double() / size, format)
+        for count, size, low, high in parts
+    ]
+    lower, upper = (torch.cat(ends).float() * width for ends in zip(*found, strict=True))
     return Range(torch.maximum(whole.lower, lower), torch.minimum(whole.upper, upper))
 
 
-def _symmetric(counts: Tensor, width: Tensor, whole: Range, format: TensorFormat) -> tuple[Tensor, Tensor]:
-    largest = torch.maximum(-whole.lower, whole.upper)
+class Density:
+    """Values of each group by their histogram, float64 [groups, 2 BINS]."""
+
+    def __init__(self, counts: Tensor) -> None:
+        middle = torch.arange(-BINS, BINS, device=counts.device, dtype=torch.float64) + 0.5
+        self._moments = counts.sum(1), (counts * middle).sum(1), (counts * (middle**2 + 1 / 12)).sum(1)
+        self._counts = F.pad(counts, (0, 1))
+        self._below = F.pad(counts.cumsum(1), (1, 0))  # at the edges: how many values are below
+        self._areas = F.pad((self._below[:, :-1] + counts / 2).cumsum(1), (1, 0))  # and its integral up to there
+
+    def cost(self, levels: Tensor) -> Tensor:
+        """Sum over values of the squared distance to the nearest level, [groups, n], for `levels` ascending, float64
+        [groups, n, K].
+
+        With N(t) values below t, A its integral, and levels l_k that meet at m_k = (l_k + l_{k+1}) / 2, this is
+        sum (x - l_K)^2 - 2 sum_k (l_{k+1} - l_k) A(m_k): a value counts as rounded to l_K, and every level it does not
+        reach takes off what is too much.
+        """
+        middles, top = (levels[..., 1:] + levels[..., :-1]) / 2, levels[..., -1]
+        saved = (levels.diff(dim=-1) * self._area(middles)).sum(dim=-1)
+        zeroth, first, second = (moment[:, None] for moment in self._moments)
+        return second - 2 * top * first + top**2 * zeroth - 2 * saved
+
+    def _area(self, t: Tensor) -> Tensor:
+        """A(t), [groups, n, K]: quadratic within a bin, linear beyond the last."""
+        shape, t = t.shape, t.clamp_min(-BINS).flatten(1)
+        edge = t.floor().clamp_max_(BINS)
+        rest, edge = t - edge, edge.long() + BINS
+        below, area, count = (table.gather(1, edge) for table in (self._below, self._areas, self._counts))
+        return (area + rest * (below + rest * count / 2)).view(shape)
+
+
+def _one_magnitude(density: Density, lower: Tensor, upper: Tensor, format: TensorFormat) -> tuple[Tensor, Tensor]:
+    unit = (format.element.codebook.double() / format.element.extent).to(lower.device).expand(len(lower), -1)
     if isinstance(format.element, Int) and format.element.reach == "full":
         # The scale is negative where the largest value is positive: the levels are mirrored.
-        counts = torch.where((whole.upper > -whole.lower)[:, None], counts.flip(1), counts)
-    last = (largest / width).ceil().clamp_min(1)  # clipping beyond the extremes is none
-    best = torch.full(largest.shape, torch.inf, dtype=torch.float64, device=counts.device)
-    threshold = torch.ones_like(best)
-    counts = counts.double()
-    for some in torch.arange(1, BINS + 1, device=counts.device, dtype=torch.float64).split(_CHUNK):
-        cost = counts @ bin_errors(format.element, some).t()
-        lowest, place = cost.masked_fill_(some > last[:, None], torch.inf).min(dim=1)
-        better = lowest < best
-        best, threshold = torch.where(better, lowest, best), torch.where(better, some[place], threshold)
-    found = threshold.float() * width
-    return -found, found
+        unit = torch.where((upper > -lower)[:, None], -unit.flip(1), unit)
+    # Clipping beyond the extremes is none; and a magnitude of 0 has no levels.
+    limits = span = torch.ones_like(lower), torch.maximum(-lower, upper).ceil().clamp_min(1)
+    for _ in range(_ROUNDS):
+        tried = _spread(span)
+        place = density.cost(tried[..., None] * unit[:, None]).argmin(dim=1)
+        best = tried.gather(1, place[:, None])[:, 0]
+        span = _around(best, span, limits)
+    return -best, best
 
 
-def bin_errors(element: Element, thresholds: Tensor) -> Tensor:
-    """Mean squared error in every bin, float64 [thresholds, 2 BINS], if the element's extent is at each threshold.
-
-    With levels l_k that differ by d_k, the integral of (t - Q(t))^2 up to y is (y - l_k)^3 / 3 + sum_{i<k} d_i^3 / 12
-    for the level l_k nearest to y, up to a constant; beyond the last level, too.
-    """
-    levels = element.codebook.double().to(thresholds.device)
-    gaps = levels.diff()
-    before = torch.cat([gaps.new_zeros(1), (gaps**3 / 12).cumsum(0)])
-    scale = thresholds[:, None] / element.extent
-    edges = torch.arange(-BINS, BINS + 1, device=thresholds.device, dtype=torch.float64)
-    y = edges / scale
-    if isinstance(element, Int):  # as below, without a search
-        nearest = y.round().clamp_(element.minimum, element.maximum).sub_(element.minimum).long()
-    else:
-        nearest = torch.bucketize(y, (levels[1:] + levels[:-1]) / 2)
-    integral = before[nearest] + (y - levels[nearest]) ** 3 / 3
-    return integral.diff(dim=1) * scale**3
-
-
-def _asymmetric(counts: Tensor, width: Tensor, whole: Range, format: TensorFormat) -> tuple[Tensor, Tensor]:
-    """Both ends among the bins' edges: the best pair of a coarse grid, then of finer ones around it."""
-    costs = _ClipCosts(counts.double(), format.element.steps)
-    first, last = (whole.lower / width).floor().long() + BINS, (whole.upper / width).ceil().long() + BINS
+def _two_ends(density: Density, lower: Tensor, upper: Tensor, format: TensorFormat) -> tuple[Tensor, Tensor]:
+    codes = format.element.codebook.double().to(lower.device)
+    first, last = lower.floor(), upper.ceil()
     inside = format.zero == "int"  # 0 stays between the ends
-    limits = (first, last.clamp_max(BINS) if inside else last), (first.clamp_min(BINS) if inside else first, last)
+    limits = (first, last.clamp_max(0) if inside else last), (first.clamp_min(0) if inside else first, last)
     spans = limits
     for _ in range(_ROUNDS):
-        lower, upper = (_spread(*span) for span in spans)
-        place = costs.of(lower, upper).flatten(1).argmin(dim=1, keepdim=True)
-        ends = lower.gather(1, place // _ENDS), upper.gather(1, place % _ENDS)
-        strides = [((high - low) / (_ENDS - 1)).ceil().long() for low, high in spans]
-        spans = tuple(
-            (torch.maximum(end[:, 0] - stride, low), torch.minimum(end[:, 0] + stride, high))
-            for end, stride, (low, high) in zip(ends, strides, limits, strict=True)
-        )
-    return tuple((end[:, 0] - BINS).float() * width for end in ends)
+        lows, highs = (_spread(span) for span in spans)
+        low, high = lows[:, :, None].expand(-1, -1, _ENDS).flatten(1), highs.repeat(1, _ENDS)
+        step = (high - low).clamp_min(1) / format.element.steps
+        zero = (-low / step).round() if inside else -low / step
+        cost = density.cost((codes - zero[..., None]) * step[..., None])
+        place = cost.masked_fill_(high <= low, torch.inf).argmin(dim=1)[:, None]
+        best = low.gather(1, place)[:, 0], high.gather(1, place)[:, 0]
+        spans = tuple(_around(*each) for each in zip(best, spans, limits, strict=True))
+    return best
 
 
-def _spread(low: Tensor, high: Tensor) -> Tensor:
-    """_ENDS edges from low to high, int64 [groups, _ENDS]."""
-    share = torch.linspace(0, 1, _ENDS, dtype=torch.float64, device=low.device)
-    return low[:, None] + ((high - low)[:, None] * share).round().long()
+def _spread(span: tuple[Tensor, Tensor]) -> Tensor:
+    """Edges from one end of the span to the other, float64 [groups, _ENDS]."""
+    low, high = span
+    return (low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, _ENDS).to(low)).round()
 
 
-class _ClipCosts:
-    """Squared errors of all values, from what their histogram (float64 [groups, 2 BINS]) adds up to below each edge."""
-
-    def __init__(self, counts: Tensor, steps: int) -> None:
-        self._steps = steps
-        middle = torch.arange(-BINS, BINS, device=counts.device, dtype=torch.float64) + 0.5
-        moments = torch.stack([counts, counts * middle, counts * (middle**2 + 1 / 12)])
-        self._below = torch.nn.functional.pad(moments.cumsum(dim=2), (1, 0))
-
-    def of(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Of all pairs of edges, int64 [groups, n] each: [groups, n, n], infinite where lower >= upper."""
-        below, above = self._below.gather(2, lower.expand(3, -1, -1)), self._below.gather(2, upper.expand(3, -1, -1))
-        beyond = self._below[..., -1:] - above
-        clipped = _around(lower, below)[:, :, None] + _around(upper, beyond)[:, None, :]
-        inside = above[0][:, None, :] - below[0][:, :, None]
-        length = (upper[:, None, :] - lower[:, :, None]).double()
-        cost = clipped + inside * length**2 / (12 * self._steps**2)
-        return cost.masked_fill_(length <= 0, torch.inf)
-
-
-def _around(edge: Tensor, moments: Tensor) -> Tensor:
-    """Sum of (x - e)^2 at edges e, [groups, n], from the moments of order 0, 1, 2 of x, [3, groups, n]."""
-    e = (edge - BINS).double()
-    return moments[2] - 2 * e * moments[1] + e**2 * moments[0]
+def _around(best: Tensor, span: tuple[Tensor, Tensor], limits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The next span: as far to either side of the best edge as the last one's neighbours were."""
+    stride = ((span[1] - span[0]) / (_ENDS - 1)).ceil()
+    return torch.maximum(best - stride, limits[0]), torch.minimum(best + stride, limits[1])

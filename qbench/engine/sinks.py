@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qbench.engine.loop import FinishedBlock
 from qbench.engine.runtime import Runtime, install
-from qbench.formats import QTensor
+from qbench.formats import QParams, QTensor
+from qbench.formats.scheme import CacheFormat
 from qbench.structure.blocks import find_blocks
 
 
@@ -66,6 +67,13 @@ class Weights:
         """Only what is quantized while the block runs."""
         if finished.inputs or finished.cache is not None:
             self.running[finished.index] = replace(finished, codes={}, metrics=())
+
+    def caches(self, count: int) -> tuple[list[CacheFormat | None], list[tuple[QParams, QParams] | None]]:
+        """Cache format and, where it is static, scales of keys and values of each of `count` blocks."""
+        found = [self.running[index].cache if index in self.running else None for index in range(count)]
+        formats = [cache.format if cache is not None else None for cache in found]
+        static = [cache if cache is not None and cache.format.static else None for cache in found]
+        return formats, [None if c is None else (c.keys.params, c.values.params) for c in static]
 
     @contextmanager
     def inside(self, model: nn.Module, *, cache: bool = True) -> Iterator[nn.Module]:

@@ -28,7 +28,9 @@ DYNAMIC = {
     "tensor": uniform(8, 0, True),
     "group": uniform(4, 16, False),
     "group_partial": uniform(4, 20, True, partial=True),
-    "group_float_zero_partial": TensorFormat(element=Int(4, signed=False), zero="float", block=Block(1, 20), partial=True),
+    "group_float_zero_partial": TensorFormat(
+        element=Int(4, signed=False), zero="float", block=Block(1, 20), partial=True
+    ),
     "tile": TensorFormat(element=E4M3, block=Block(4, 16), scale=FLOAT32, partial=True),
     "fp8": TensorFormat(element=E4M3, scale=FLOAT32),
     **{name: activation_format(name) for name in ("mxfp8", "mxfp4", "mxint8", "nvfp4", "fp8block", "nf4", "int4in8")},

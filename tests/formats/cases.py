@@ -50,7 +50,7 @@ def awkward_floats(seed: int = 0, patterns: int = 1 << 16) -> Tensor:
 
 
 def nearest_index(levels: np.ndarray, parity: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Index of the level nearest to x, of a tie the one with an even code: by comparing with exact midpoints in float64.
+    """Index of the level nearest to x, of a tie the one with an even code, by comparing with midpoints in float64.
 
     levels: float32 ascending. parity: lowest bit of each one's code."""
     wide = levels.astype(np.float64)

@@ -1,7 +1,5 @@
 """Packing: the bits of every row against Python's integers, round trips of every code, Triton against the reference."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +82,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_triton_equals_the_reference(device, bits, dtype):
-    for rows, columns in itertools.product([1, 3], [*COLUMNS, 2100]):
+    for rows, columns in [(1, 1), (3, 2), (1, 5), (3, 7), (3, 8), (3, 9), (1, 64), (2, 2100)]:
         codes = _codes(rows, columns, bits, dtype).to(device)
         packed = pack(codes, bits, backend="triton")
         assert torch.equal(packed, pack(codes, bits, backend="reference"))

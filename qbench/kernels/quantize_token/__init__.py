@@ -19,8 +19,8 @@ def quantize_token(x: Tensor, *, code: Code = "int8", backend: Backend | None = 
 
     s = 2 max|x| / 255 for int8 codes -128 ... 127, s = max|x| / 448 for float8 (its largest finite number). Codes are
     x / s, nearest, ties to even, saturating; computed in float32, so that x is about codes.float() * s. A token of
-    zeros (or so small that s would be 0) gets s = 1. A token with a NaN or an infinity gets s = NaN and codes 0: a check
-    that raised would stall a GPU.
+    zeros (or so small that s would be 0) gets s = 1. A token with a NaN or an infinity gets s = NaN and codes 0: a
+    check that raised would stall a GPU.
 
     x is float32, float16 or bfloat16. Raises SpecError for another dtype or code.
     """
