@@ -18,11 +18,30 @@ algo=none|rtn|gptq|awq       the algorithm; options, with their defaults:
   awq:  algo.scale=true algo.clip=true algo.n_grid=20 algo.duo=false algo.grouped_heads=false
         algo.search_tokens=1024 algo.clip_n_grid=20 algo.max_shrink=0.5
         algo.clip_range=symmetric|asymmetric
-bits=4                       2 to 8
-group_size=64                weights per scale; -1: per output channel, 0: per tensor
-symmetric=false              true: no zero point
-scale_dtype=float16          storage of the scales: float16, bfloat16, float32
+scheme=default               formats of weights, inputs and cache by name; any key below overrides its part:
+                             w4a16_g128 w4a16_g64 w3a16_g64 w2a16_g64 w8a8 w8a8_static w6a6 w4a4 w4a8
+                             fp8 mxfp8 mxfp6 mxfp4 nvfp4 nf4 kv8 kv4 kv2
+format=int                   of the weights: int; fp (8, 6, 4 bits: e4m3, e3m2, e2m1); any float such as
+                             e3m4, e4m3ieee; nf2 nf3 nf4 nf4dq af4 fp4bnb ternary mxfp8 mxfp8e5m2 mxfp6
+                             mxfp6e2m3 mxfp4 mxint8 nvfp4 fp8block int4in8; none: full precision
+bits=4                       2 to 8, or 1.58 (ternary)
+group_size=64                weights per scale; -1: per output channel, 0: per tensor; or tile=[128,128]
+symmetric=false              integers: true: no zero point
+zero_point=int|float         of asymmetric integers
+reach=midpoint|narrow|full   where a symmetric integer grid puts max|w|
+scale_dtype=float16          float16 bfloat16 float32 e8m0 e8m0ceil e4m3 int8 (two-level) dq8
 partial_group=false          allow a shorter last group
+range.method=minmax|mse|percentile|absmean   options: range.norm=2.4 range.grid=100
+                             range.max_shrink=0.8; range.percentile=99.9
+act_bits=null                bits of the linear layers' inputs, 2 to 8; null: full precision
+act.format=int  act.granularity=token|group (dynamic), tensor|channel (static)  act.group_size=64
+act.symmetric=true  act.mode=dynamic|static  act.calibration=minmax|moving|histogram  act.clip=1
+kv_bits=null                 bits of cached keys and values, 2 to 8; null: full precision
+kv.format=int  kv.layout=kivi|token (dynamic), tensor|head|channel (static)  kv.group_size=32
+kv.residual=128  kv.symmetric=false  kv.mode=dynamic|static
+overrides=[]                 other formats for some modules, the last that matches decides:
+                             overrides=[{modules:down_proj,bits:8},{blocks:[0,-1],skip:true},
+                             {modules:lm_head,format:int,bits:8}]
 calib=c4-sample              calibration text: c4-sample, wikipedia-sample, code-sample,
                              technical-sample, multilingual-sample, tinystories-sample, pydoc;
                              or calib=text calib.path=<.txt, or .jsonl with "text">
@@ -31,6 +50,7 @@ eval.corpora=[wikipedia-sample]   texts for perplexity; or eval.path=<.txt or .j
 eval.length=512              tokens per window (protocol window-<length>)
 eval.n=20                    number of windows; null: all
 eval.batch=null              windows per forward; null: about 1024 tokens
+eval.mode=prefill|decode     a window in one forward, or token by token through the (quantized) cache
 seed=0  device=auto|cpu|cuda  dtype=float32|bfloat16|float16
 source=memory|stream         stream: read the checkpoint block by block (models larger than memory)
 export=hf export.path=<folder>    write the decoded weights as a Hugging Face checkpoint

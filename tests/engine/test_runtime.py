@@ -10,70 +10,26 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from qbench.calibration.ranges import RANGES
 from qbench.engine.activations import InputQuantizer
-from qbench.engine.kv import CacheQuantizer, CacheRanges
+from qbench.engine.kv import CacheQuantizer
 from qbench.engine.runtime import Runtime, calibrate, install
-from qbench.engine.streams import Stream
-from qbench.errors import NumericsError, StructureError
-from qbench.formats import Range, fake_quantize, fit, uniform
-from qbench.formats.element import Float, Int
+from qbench.errors import StructureError
+from qbench.formats import uniform
+from qbench.formats.element import Float
 from qbench.formats.named import COMPOSITE
 from qbench.formats.scale import SCALES
-from qbench.formats.scheme import CacheFormat, InputFormat
-from qbench.formats.tensor import Block, TensorFormat
-from qbench.structure.blocks import capture_calls, find_blocks
-from qbench.structure.trace import LinearTap, trace_block
+from qbench.formats.scheme import InputFormat
+from qbench.formats.tensor import TensorFormat
+from qbench.structure.blocks import capture_calls, find_blocks, output_of
+from qbench.structure.trace import BlockStructure, LinearGroup, LinearTap, trace_block
+from qbench.structure.weights import WeightRef
 from tests.architectures import ARCHITECTURES, tiny_model, tokens
+from tests.engine.runtime_cases import INT4, INT8, KV4, TENSOR, Case, dynamic, fake
+
+# The others compute attention by operations of their own.
+SDPA = [name for name in ARCHITECTURES if name not in ("bloom", "gemma2")]
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-INT8 = uniform(8, -1, True)
-INT4 = uniform(4, -1, False)
-TENSOR = uniform(8, 0, False)
-SDPA = [name for name in ARCHITECTURES if name not in ("gemma2", "mixtral")]
-
-
-class _Block:
-    """The first block of a tiny model: how it is called on `hidden`, its structure, its refs by name."""
-
-    def __init__(self, name, **tokens_of):
-        self.model, config = tiny_model(name)
-        self.tokens = tokens(config, **tokens_of)
-        with torch.no_grad():
-            self.hidden, calls = capture_calls(self.model, self.tokens)
-        self.block, self.call = find_blocks(self.model)[1][0], calls[0]
-        self.structure = trace_block(self.block, self.call, self.hidden)
-        self.refs = {ref.name: ref for group in self.structure.groups for ref in group.weights}
-
-    def runtime(self, fmt, cache=None, names=None):
-        names = self.refs if names is None else names
-        return Runtime(self.block, self.structure, _quantizers(names, fmt), cache)
-
-    @torch.no_grad()
-    def run(self, *modes):
-        with contextlib.ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            return self.call(self.block, self.hidden)
-
-    def stream(self, *batches, length=8):
-        """A stream of other tokens, so many sequences per chunk."""
-        chunks, calls = [], {}
-        with torch.no_grad():
-            for seed, batch in enumerate(batches):
-                hidden, calls[batch, length] = capture_calls(
-                    self.model, tokens(self.model.config, batch=batch, length=length, seed=seed)
-                )
-                chunks.append(hidden)
-        return Stream(chunks, calls)
-
-
-def _quantizers(names, fmt):
-    return {name: InputQuantizer(format=InputFormat(format=fmt)) for name in names}
-
-
-def _fake(x, fmt):
-    return fake_quantize(x.float().flatten(0, -2), fmt).to(x.dtype).view(x.shape)
 
 
 @contextlib.contextmanager
@@ -108,11 +64,11 @@ def _by_hooks(case, quantize, monkeypatch, names=None):
 @every_architecture
 @pytest.mark.parametrize("fmt", [INT8, INT4, COMPOSITE["mxfp4"]], ids=["int8", "int4", "mxfp4"])
 def test_every_linear_weight_multiplies_its_quantized_input(name, fmt, monkeypatch):
-    case = _Block(name)
+    case = Case(name)
     if not fmt.fits(48):
         fmt = replace(fmt, partial=True)
     found = case.run(case.runtime(fmt))
-    with _by_hooks(case, lambda _, x: _fake(x, fmt), monkeypatch):
+    with _by_hooks(case, lambda _, x: fake(x, fmt), monkeypatch):
         expected = case.run()
     assert torch.equal(found, expected)
     assert not torch.equal(found, case.run())
@@ -120,10 +76,10 @@ def test_every_linear_weight_multiplies_its_quantized_input(name, fmt, monkeypat
 
 @every_architecture
 def test_weights_without_a_quantizer_multiply_what_they_are_given(name, monkeypatch):
-    case = _Block(name)
+    case = Case(name)
     names = list(case.refs)[1::2]
     found = case.run(case.runtime(INT4, names=names))
-    with _by_hooks(case, lambda _, x: _fake(x, INT4), monkeypatch, names):
+    with _by_hooks(case, lambda _, x: fake(x, INT4), monkeypatch, names):
         assert torch.equal(found, case.run())
     assert torch.equal(case.run(case.runtime(INT4, names=())), case.run())
 
@@ -131,70 +87,68 @@ def test_weights_without_a_quantizer_multiply_what_they_are_given(name, monkeypa
 def test_every_weight_has_its_own_format(monkeypatch):
     """Query and value in one format, key in another: no result of one is taken for the other's."""
     for name in ("llama", "mixtral"):
-        case = _Block(name)
+        case = Case(name)
         of = {weight: uniform(2 + k % 5, -1, bool(k % 2)) for k, weight in enumerate(case.refs)}
         inputs = {weight: InputQuantizer(format=InputFormat(format=fmt)) for weight, fmt in of.items()}
         found = case.run(Runtime(case.block, case.structure, inputs))
-        with _by_hooks(case, lambda weight, x, of=of: _fake(x, of[weight]), monkeypatch):
+        with _by_hooks(case, lambda weight, x, of=of: fake(x, of[weight]), monkeypatch):
             assert torch.equal(found, case.run())
 
 
 @every_architecture
 def test_eleven_bits_of_significand_are_next_to_exact(name):
-    case = _Block(name)
+    case = Case(name)
     fmt = TensorFormat(element=Float(5, 10, "ieee"), scale=SCALES["float32"])
     # Every input is off by at most 2^-11 of itself; a few matrices in a row amplify that mildly.
     assert torch.allclose(case.run(case.runtime(fmt)), case.run(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_models_stay_in_their_dtype(dtype):
-    case = _Block("llama")
+def test_half_precision_models_stay_in_their_dtype(dtype, monkeypatch):
+    case = Case("llama")
     case.block.to(dtype)
-    call, hidden = case.call.to(dtype=dtype), case.hidden.to(dtype)
-    with torch.no_grad(), case.runtime(INT8):
-        found = call(case.block, hidden)
+    case.call, case.hidden = case.call.to(dtype=dtype), case.hidden.to(dtype)
+    found = case.run(case.runtime(INT8))
+    with _by_hooks(case, lambda _, x: fake(x, INT8), monkeypatch):
+        assert torch.equal(found, case.run())
     assert found.dtype == dtype
-    assert torch.allclose(found.float(), case.run_in_float32() if False else found.float())
 
 
-def _causal(name):
-    """Logits of a model whose blocks all quantize their inputs, on 7 tokens and on these and 5 more."""
-    case = _Block(name)
-    ids = tokens(case.model.config, batch=1, length=12)
-    fmt = replace(uniform(4, 8, False), partial=True)
-    runtimes = [
-        Runtime(block, structure, _quantizers([ref.name for g in structure.groups for ref in g.weights], fmt))
-        for block, structure in _structures(case.model, ids)
-    ]
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        for block, runtime in zip(find_blocks(case.model)[1], runtimes, strict=True):
-            stack.enter_context(install(block, runtime))
-        return [case.model(part, use_cache=False).logits for part in (ids[:, :7], ids)]
-
-
-def _structures(model, ids):
+def _install(stack, model, ids, fmt):
+    """Every block of the model quantizes its inputs."""
     with torch.no_grad():
         hidden, calls = capture_calls(model, ids)
-    blocks = find_blocks(model)[1]
-    return [(block, trace_block(block, call, hidden)) for block, call in zip(blocks, calls, strict=True)]
+    for block, call in zip(find_blocks(model)[1], calls, strict=True):
+        structure = trace_block(block, call, hidden)
+        names = [ref.name for group in structure.groups for ref in group.weights]
+        stack.enter_context(install(block, Runtime(block, structure, dynamic(names, fmt))))
 
 
 @every_architecture
 def test_later_tokens_change_nothing_before_them(name):
-    short, long = _causal(name)
-    # One matmul of 7 and of 12 rows may round differently; a scale that leaked would show at 4 bits.
-    assert torch.allclose(long[:, :7], short, rtol=1e-4, atol=1e-4)
+    """Bit for bit; in one tensor of the same shape, so that matmuls round alike."""
+    model, config = tiny_model(name)
+    ids = tokens(config, batch=1, length=12)
+    other = torch.cat([ids[:, :7], tokens(config, batch=1, length=5, seed=1)], dim=1)
+    assert not torch.equal(ids, other)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        _install(stack, model, ids, replace(uniform(4, 8, False), partial=True))
+        found, changed = (model(some, use_cache=False).logits for some in (ids, other))
+    if name == "mixtral":  # other tokens are routed elsewhere: experts multiply matrices of another shape
+        assert torch.allclose(found[:, :7], changed[:, :7], rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(found[:, :7], changed[:, :7])
+    assert not torch.allclose(found[:, 7:], changed[:, 7:], rtol=1e-2)
 
 
 def test_a_tap_inside_sees_inputs_before_they_are_quantized():
-    case = _Block("llama")
+    case = Case("llama")
     seen, plain = {}, {}
     tap = LinearTap(case.block, case.structure, lambda group, x: seen.setdefault(group.index, x.clone()))
     case.run(case.runtime(INT4), tap)
     case.run(LinearTap(case.block, case.structure, lambda group, x: plain.setdefault(group.index, x.clone())))
     assert torch.equal(seen[0], plain[0])  # behind that group everything differs
-    assert all(not torch.equal(_fake(x, INT4), x) for x in seen.values())
+    assert all(not torch.equal(fake(x, INT4), x) for x in seen.values())
 
 
 class _Counter(InputQuantizer):
@@ -209,7 +163,7 @@ class _Counter(InputQuantizer):
 
 @pytest.mark.parametrize(("name", "expected"), [("llama", 4), ("gpt2", 4), ("phi", 4), ("opt", 4)])
 def test_an_input_that_several_weights_read_is_quantized_once(name, expected, monkeypatch):
-    case, calls = _Block(name), []
+    case, calls = Case(name), []
     monkeypatch.setattr(_Counter, "calls", calls)
     inputs = {weight: _Counter(format=InputFormat(format=INT8)) for weight in case.refs}
     case.run(Runtime(case.block, case.structure, inputs))
@@ -260,13 +214,11 @@ WAYS = ["same", "in place", "by operator", "by item", "by out", "by module", "tr
 def test_results_are_never_those_of_another_tensor(way, mode):
     torch.manual_seed(0)
     block = _Tricky()
-    refs = [_ref(name) for name in ("a.weight", "b.weight")]
-    structure = _structure_of(refs)
-    runtime = Runtime(block, structure, _quantizers(["a.weight", "b.weight"], INT4))
+    runtime = Runtime(block, _two_weights(), dynamic(["a.weight", "b.weight"], INT4))
     with mode():
         x = torch.randn(3, 3, 8)  # as long as wide: a transpose has the same shape
         hooks = [
-            layer.register_forward_pre_hook(lambda _, args: (_fake(args[0].contiguous(), INT4),))
+            layer.register_forward_pre_hook(lambda _, args: (fake(args[0].contiguous(), INT4),))
             for layer in (block.a, block.b)
         ]
         expected = block(x, way)
@@ -278,14 +230,164 @@ def test_results_are_never_those_of_another_tensor(way, mode):
     assert runtime._memo is None
 
 
-def _ref(name):
-    from qbench.structure.weights import WeightRef
-
-    return WeightRef(name=name, parameter=name, out_features=8, in_features=8)
-
-
-def _structure_of(refs):
-    from qbench.structure.trace import BlockStructure, LinearGroup
-
-    group = LinearGroup(index=0, weights=tuple(refs), in_features=8, scopes=(), query_key_rows={})
+def _two_weights():
+    refs = tuple(WeightRef(name=n, parameter=n, out_features=8, in_features=8) for n in ("a.weight", "b.weight"))
+    group = LinearGroup(index=0, weights=refs, in_features=8, scopes=(), query_key_rows={})
     return BlockStructure(groups=(group,))
+
+
+class _Batched(nn.Module):
+    """All experts in one product."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 5))
+
+    def forward(self, x):
+        return torch.bmm(x, self.experts)
+
+
+@torch.no_grad()
+def test_experts_in_one_product_have_their_own_formats():
+    torch.manual_seed(0)
+    block, x = _Batched(), torch.randn(3, 4, 8)
+    refs = [
+        WeightRef(name=f"experts[{k}]", parameter="experts", index=k, transposed=True, out_features=5, in_features=8)
+        for k in range(3)
+    ]
+    structure = BlockStructure(
+        groups=tuple(
+            LinearGroup(index=k, weights=(ref,), in_features=8, scopes=(), query_key_rows={})
+            for k, ref in enumerate(refs)
+        )
+    )
+    formats = {"experts[0]": INT4, "experts[2]": TENSOR}
+    inputs = {name: InputQuantizer(format=InputFormat(format=fmt)) for name, fmt in formats.items()}
+    with Runtime(block, structure, inputs):
+        found = block(x)
+    quantized = torch.stack([fake(x[0], INT4), x[1], fake(x[2], TENSOR)])
+    assert torch.equal(found, torch.bmm(quantized, block.experts))
+
+
+class _Attention(nn.Module):
+    """Keys and values as positional or keyword arguments."""
+
+    def forward(self, q, k, v, by_name):
+        if by_name:
+            return F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@torch.no_grad()
+def test_attention_goes_to_the_cache(by_name):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    block = _Attention()
+    with Runtime(block, BlockStructure(groups=()), {}, CacheQuantizer(KV4)):
+        found = block(q, k, v, by_name)
+    assert torch.equal(found, CacheQuantizer(KV4).attention(q, k, v, is_causal=True))
+    assert not torch.equal(found, block(q, k, v, by_name))
+
+
+def _cached(quantizer):
+    """A mode that hands attention to the cache, without anything of the package's own."""
+
+    class Route(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                return quantizer.attention(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    return Route()
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_inputs_and_cache_together(name, monkeypatch):
+    case = Case(name)
+    found = case.run(case.runtime(INT8, CacheQuantizer(KV4)))
+    with _by_hooks(case, lambda _, x: fake(x, INT8), monkeypatch):
+        assert torch.equal(found, case.run(_cached(CacheQuantizer(KV4))))
+    assert not torch.equal(found, case.run(case.runtime(INT8)))
+
+
+def test_forwards_that_take_turns_share_a_runtime():
+    """Chunks that are settled together pause in the middle of their forwards, one thread each."""
+    case = Case("llama")
+    stream, runtime = case.stream(2, 1, 3), case.runtime(INT4, CacheQuantizer(KV4))
+    expected = stream.copy()
+    expected.advance(case.block, 0, runtime)
+    stream.settle(case.block, 0, case.structure, lambda group, x: None, lambda group: None, runtime)
+    assert all(map(torch.equal, stream.chunks, expected.chunks))
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma2"])
+def test_a_cache_that_is_never_asked_is_an_error(name):
+    case = Case(name)
+    with pytest.raises(StructureError, match=r"scaled_dot_product_attention.*kv_bits=16"):
+        case.run(case.runtime(INT8, CacheQuantizer(KV4)))
+
+
+def test_weights_that_moved_are_an_error():
+    case = Case("llama")
+    runtime = case.runtime(INT8)
+    parameter = case.block.get_parameter("mlp.up_proj.weight")
+    parameter.data = parameter.data.clone()
+    with pytest.raises(StructureError, match=r"mlp\.up_proj\.weight.*another address"):
+        case.run(runtime)
+
+
+def test_an_error_inside_is_not_hidden():
+    case = Case("llama")
+    with pytest.raises(ZeroDivisionError), case.runtime(INT8):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("unknown", ["mlp.gate.weight", "nothing.weight"])
+def test_only_quantized_weights_have_quantized_inputs(unknown):
+    case = Case("mixtral")
+    router = [ref.name for ref in case.structure.routers]
+    assert router == ["mlp.gate.weight"]
+    with pytest.raises(StructureError, match=unknown.replace(".", r"\.")):
+        Runtime(case.block, case.structure, dynamic([unknown], INT8))
+    with pytest.raises(StructureError, match=unknown.replace(".", r"\.")):
+        calibrate(case.block, 0, case.structure, None, {unknown: InputFormat(format=INT8)}, None)
+
+
+@every_architecture
+def test_installed_blocks_quantize_whoever_calls_them(name):
+    model, config = tiny_model(name)
+    ids = tokens(config)
+    blocks = find_blocks(model)[1]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        hidden, calls = capture_calls(model, ids)
+        expected = hidden
+        for block, call in zip(blocks, calls, strict=True):
+            structure = trace_block(block, call, hidden)
+            names = [ref.name for group in structure.groups for ref in group.weights]
+            with Runtime(block, structure, dynamic(names, INT8)):
+                expected = call(block, expected)
+        reached = []
+        with contextlib.ExitStack() as stack:
+            _install(stack, model, ids, INT8)
+            handle = blocks[-1].register_forward_hook(lambda _, args, result: reached.append(output_of(result)))
+            for context in (torch.no_grad(), torch.inference_mode()):
+                with context:
+                    assert not torch.equal(model(ids, use_cache=False).logits, plain)
+            assert len(reached) == 2
+            assert all(torch.equal(result, expected) for result in reached)
+            handle.remove()
+            again, _ = capture_calls(model, ids)  # the wrapper's signature is the block's
+            assert torch.equal(again, hidden)
+        assert all("forward" not in vars(block) for block in blocks)
+        assert torch.equal(model(ids, use_cache=False).logits, plain)
+
+
+def test_installing_gives_back_a_forward_of_the_blocks_own():
+    case = Case("llama")
+    own = case.block.forward
+    case.block.forward = own
+    with install(case.block, case.runtime(INT8)):
+        assert case.block.forward is not own
+    assert vars(case.block)["forward"] is own

@@ -81,8 +81,11 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_triton_equals_the_reference(device, bits, dtype):
-    for rows, columns in [(1, 1), (3, 2), (1, 5), (3, 7), (3, 8), (3, 9), (1, 64), (2, 2100)]:
+def test_triton_equals_the_reference(device, bits, dtype, monkeypatch):
+    from qbench.kernels.pack import triton
+
+    monkeypatch.setattr(triton, "_BLOCK", 32)  # so that a row of few columns takes several programs
+    for rows, columns in [(1, 1), (3, 2), (1, 5), (3, 7), (3, 8), (3, 9), (2, 139)]:
         codes = _codes(rows, columns, bits, dtype).to(device)
         packed = pack(codes, bits, backend="triton")
         assert torch.equal(packed, pack(codes, bits, backend="reference"))
