@@ -110,7 +110,7 @@ def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> Non
         raise SpecError(
             "kv_bits",
             point.spec.scheme.cache.label if point.spec.scheme.cache else "overrides",
-            f"a model with torch's scaled-dot-product attention; {point.model.name} needs {config._attn_implementation}",
+            f"a model with torch's scaled-dot-product attention; {point.model.name} has another one",
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for fmt in formats:

@@ -16,6 +16,7 @@ from qbench.formats.named import (
     activation_format,
     float_element,
 )
+from qbench.formats.scale import PowerOfTwo
 from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
 
 #: Options of the weight format; an override may set each of them.
@@ -51,7 +52,10 @@ def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None
         return None
     if name in COMPOSITE:
         _refuse_given(node, f"with format={name}, which fixes them", except_=("format", "range"))
-        return _with_range(COMPOSITE[name], node["range"])
+        fmt = _with_range(COMPOSITE[name], node["range"])
+        if isinstance(fmt.scale, PowerOfTwo) and fmt.range.method != "minmax":
+            raise SpecError("range.method", fmt.range.method, f"minmax: the standard of {name} says how scales are found")
+        return fmt
     bits = node["bits"]
     symmetric = node["symmetric"]
     if name == "int" and bits != TERNARY_BITS:
@@ -266,7 +270,7 @@ def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
             raise SpecError(
                 "kv.residual",
                 residual,
-                f"a positive multiple of kv.group_size={group}: keys are quantized per channel, that many tokens at once",
+                f"a positive multiple of kv.group_size={group}: keys are quantized that many tokens at a time",
             )
         key, value = fmt(Block(group, 1)), fmt(Block(1, group))
     elif layout == "token":

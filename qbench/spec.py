@@ -57,7 +57,8 @@ class StageSpec:
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One point of the grid. `algo` is the pipeline's published name: a label, not part of the key. `scheme` holds the
-    formats of all roles (`qbench.formats.scheme.Scheme`): frozen values too, which are only read field by field here, without torch."""
+    formats of all roles (`qbench.formats.scheme.Scheme`), frozen values too: this module, which does not know torch,
+    only reads their fields."""
 
     algo: str
     model: ModelSpec

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qbench.formats.element import Codebook, Element, Int
 from qbench.formats.ranges import Range, RangeFit, extrema, find_range
-from qbench.formats.scale import FLOAT16, FloatScale, SCALES, ScaleFormat
+from qbench.formats.scale import FLOAT16, SCALES, FloatScale, ScaleFormat
 
 if TYPE_CHECKING:
     from qbench.formats.qtensor import QTensor

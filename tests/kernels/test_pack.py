@@ -85,12 +85,12 @@ def test_triton_equals_the_reference(device, bits, dtype, monkeypatch):
     from qbench.kernels.pack import triton
 
     monkeypatch.setattr(triton, "_BLOCK", 32)  # so that a row of few columns takes several programs
-    for rows, columns in [(1, 1), (3, 2), (1, 5), (3, 7), (3, 8), (3, 9), (2, 139)]:
+    for rows, columns in [(1, 1), (3, 7), (1, 8), (2, 139)]:
         codes = _codes(rows, columns, bits, dtype).to(device)
         packed = pack(codes, bits, backend="triton")
         assert torch.equal(packed, pack(codes, bits, backend="reference"))
         assert torch.equal(unpack(packed, bits, columns, dtype, backend="triton"), codes)
-    codes = _codes(21, 10, bits, dtype).to(device)
+    codes = _codes(6, 5, bits, dtype).to(device)
     for view in [codes.T, codes[::2, ::3]]:
         packed = pack(view, bits, backend="triton")
         assert torch.equal(packed, pack(view, bits, backend="reference"))
