@@ -1,0 +1,255 @@
+"""A pass under a scheme: overrides, the head, inputs and cache, from memory or disk, stopped and resumed."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from qbench.engine.loop import Recipe
+from qbench.engine.passes import run_pass
+from qbench.engine.resume import ResumePoint
+from qbench.engine.sinks import Weights
+from qbench.engine.source import MemorySource, StreamSource
+from qbench.evaluation.perplexity import stream_nll, window_nll
+from qbench.formats import Block, Float, Int, TensorFormat, fake_quantize, quantize, uniform
+from qbench.formats.named import COMPOSITE, activation_format
+from qbench.formats.scale import SCALES
+from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
+from qbench.models.load import meta_model
+from qbench.stages.pipeline import build_pipeline
+from qbench.structure.blocks import find_blocks
+from tests.architectures import tiny_model, tokens
+
+BLOCKS = 4
+INT4 = uniform(bits=4, group_size=8, symmetric=False)
+TOKEN = InputFormat(format=TensorFormat(element=Int(6, signed=True), block=Block(1, 0), scale=SCALES["float32"]))
+STATIC = InputFormat(format=replace(TOKEN.format, block=Block(0, 0)), static=True)
+KIVI = CacheFormat(
+    key=TensorFormat(element=Int(2, signed=False), block=Block(2, 1), zero="float"),
+    value=TensorFormat(element=Int(2, signed=False), block=Block(1, 4), zero="float"),
+    residual=4,
+    layout="kivi",
+)
+STATIC_KV = CacheFormat(
+    key=TensorFormat(element=Int(4, signed=False), block=Block(0, 1), zero="int"),
+    value=TensorFormat(element=Int(4, signed=False), block=Block(0, 0), zero="int"),
+    static=True,
+    layout="channel",
+)
+HEAD = Override(modules="lm_head", roles=("weight",), weight=uniform(bits=3, group_size=8, symmetric=False))
+SCHEMES = {
+    "inputs": Scheme(weight=INT4, input=TOKEN),
+    "static inputs": Scheme(weight=INT4, input=STATIC),
+    "cache": Scheme(cache=KIVI),
+    "static cache": Scheme(weight=INT4, cache=STATIC_KV),
+    "nvfp4": Scheme(weight=COMPOSITE["nvfp4"], input=InputFormat(format=activation_format("nvfp4"))),
+    "everything": Scheme(
+        weight=INT4,
+        input=STATIC,
+        cache=KIVI,
+        overrides=(
+            Override(modules="down_proj", roles=("weight", "input"), weight=COMPOSITE["mxfp8"], input=TOKEN),
+            Override(blocks=(-1,), roles=("cache",), cache=STATIC_KV),
+            Override(blocks=(0,), roles=("weight", "input")),
+            HEAD,
+        ),
+    ),
+}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+
+
+def _recipe(scheme, *stages):
+    return Recipe(build_pipeline([{"stage": name} for name in stages or ("rtn",)]), scheme)
+
+
+def _model(**options):
+    model, config = tiny_model("llama", num_hidden_layers=BLOCKS, **options)
+    return model, tokens(config, batch=5, length=14, seed=1), tokens(config, batch=3, length=11, seed=2)
+
+
+def _nll(model, weights, windows):
+    with weights.inside(model) as changed:
+        return window_nll(changed, windows)
+
+
+@every_scheme
+def test_evaluation_streams_and_the_model_with_its_weights_agree(scheme):
+    """The same window behind the blocks of the pass and through the model as a whole."""
+    model, calibration, windows = _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = window_nll(model, windows)
+    source = MemorySource(model)
+    result = run_pass(source, _recipe(scheme), calibration, evaluations=(windows,))
+    whole = _nll(model, result.weights, windows)
+    streamed = stream_nll(source, result.evaluations[0], windows, head=result.weights.head)
+    assert torch.allclose(whole, streamed, rtol=1e-6)
+    assert not torch.allclose(whole, plain, rtol=1e-4)
+    assert torch.equal(window_nll(model, windows), plain)  # everything is undone
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@every_scheme
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_and_disk_give_the_same_codes_and_numbers(scheme, tied, tmp_path):
+    model, calibration, windows = _model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    memory = run_pass(MemorySource(model), _recipe(scheme, "gptq") if scheme.weight else _recipe(scheme), calibration)
+    disk_source = StreamSource(tmp_path, meta_model(model.config), torch.float32, torch.device("cpu"))
+    disk = run_pass(
+        disk_source,
+        _recipe(scheme, "gptq") if scheme.weight else _recipe(scheme),
+        calibration,
+        evaluations=(windows,),
+        keep_weights=False,
+    )
+    assert disk.ledger.digests == memory.ledger.digests
+    assert disk.ledger.head_bits == memory.ledger.head_bits
+    streamed = stream_nll(disk_source, disk.evaluations[0], windows, head=disk.weights.head)
+    assert torch.allclose(streamed, _nll(model, memory.weights, windows), rtol=1e-6)
+
+
+class _Stopped(Exception):
+    pass
+
+
+@every_scheme
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_resumed_pass_ends_as_if_it_had_not_been_stopped(scheme, after, tmp_path):
+    model, calibration, windows = _model()
+    expected = run_pass(MemorySource(model), _recipe(scheme), calibration, evaluations=(windows,))
+
+    def stop(done, _):
+        if done == after:
+            raise _Stopped
+
+    run = partial(run_pass, MemorySource(model), _recipe(scheme), calibration, evaluations=(windows,))
+    with pytest.raises(_Stopped):
+        run(resume=ResumePoint(tmp_path / "point", 0.0), progress=stop)
+    found = run(resume=ResumePoint(tmp_path / "point", 0.0))
+    assert found.ledger.digests == expected.ledger.digests
+    assert torch.equal(_nll(model, found.weights, windows), _nll(model, expected.weights, windows))
+    for one, other in zip(found.evaluations[0].chunks, expected.evaluations[0].chunks, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_are_quantized_in_front_of_every_linear_layer_and_nowhere_else():
+    """Against hooks on the modules of a copy that holds the decoded weights."""
+    model, calibration, windows = _model()
+    result = run_pass(MemorySource(model), _recipe(SCHEMES["inputs"], "gptq"), calibration)
+    naive = copy.deepcopy(model)
+    for name, value in result.weights.tensors.items():
+        naive.get_parameter(name).data = value
+    for module in find_blocks(naive)[1].modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args: (fake_quantize(args[0].flatten(0, -2), TOKEN.format).view(args[0].shape),)
+            )
+    assert torch.allclose(_nll(model, result.weights, windows), window_nll(naive, windows), rtol=1e-6)
+
+
+def test_gptq_sees_the_stream_behind_quantized_inputs():
+    """The inputs of the second block are the first block's outputs with its inputs quantized."""
+    model, calibration, _ = _model()
+    plain = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4), "gptq"), calibration)
+    behind = run_pass(MemorySource(model), _recipe(SCHEMES["inputs"], "gptq"), calibration)
+    first = [name for name in plain.weights.tensors if ".0.self_attn.q_proj." in name]
+    assert torch.equal(plain.weights.tensors[first[0]], behind.weights.tensors[first[0]])
+    later = first[0].replace(".0.self_attn.q_proj.", ".1.self_attn.q_proj.")
+    assert not torch.equal(plain.weights.tensors[later], behind.weights.tensors[later])
+
+
+def test_overrides_choose_weights_and_bits_are_counted_by_hand():
+    model, calibration, _ = _model()
+    int8 = uniform(bits=8, group_size=-1, symmetric=True)
+    scheme = Scheme(
+        weight=INT4,
+        overrides=(
+            Override(modules="down_proj", roles=("weight",), weight=int8),
+            Override(blocks=(0, -1), roles=("weight", "input")),
+        ),
+    )
+    result = run_pass(MemorySource(model), _recipe(scheme, "gptq"), calibration)
+    bits = 0
+    for index, block in enumerate(find_blocks(model)[1]):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim != 2:
+                continue
+            own = result.weights.tensors[f"model.layers.{index}.{name}"]
+            rows, columns = parameter.shape
+            if index in (0, BLOCKS - 1):
+                assert torch.equal(own, parameter)
+                bits += 32 * parameter.numel()
+            elif "down_proj" in name:
+                bits += 8 * parameter.numel() + rows * 16
+                assert (own - parameter).abs().max() < 0.02 * parameter.abs().max()
+            else:
+                bits += 4 * parameter.numel() + rows * columns // 8 * (16 + 4)
+                assert not torch.equal(own, parameter)
+    assert result.ledger.weight_bits == bits
+    assert result.ledger.head_bits is None
+
+
+def test_awq_leaves_what_an_override_skips_and_the_function_alone():
+    """Folds change norms and skipped weights together: with everything skipped, the model computes what it did."""
+    model, calibration, windows = _model()
+    skip = Override(modules="mlp.*", roles=("weight", "input"))
+    part = run_pass(
+        MemorySource(model), _recipe(Scheme(weight=INT4, overrides=(skip,)), "awq_scale", "rtn"), calibration
+    )
+    names = {name for name in part.ledger.digests if "mlp" in name}
+    assert not names
+    fine = uniform(bits=8, group_size=8, symmetric=False)
+    nearly = Scheme(weight=fine, overrides=(skip,))
+    close = run_pass(MemorySource(model), _recipe(nearly, "awq_scale", "rtn"), calibration)
+    assert torch.allclose(_nll(model, close.weights, windows), window_nll(model, windows), rtol=2e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_head_leaves_the_embedding_alone(tied):
+    model, calibration, windows = _model(tie_word_embeddings=tied)
+    result = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4, overrides=(HEAD,))), calibration)
+    head = model.get_output_embeddings().weight
+    rounded = quantize(head.detach(), HEAD.weight)
+    assert torch.equal(result.weights.head, rounded.dequantize())
+    assert result.ledger.head_bits == rounded.storage_bits()
+    with result.weights.inside(model) as changed:
+        assert torch.equal(changed.get_output_embeddings().weight, rounded.dequantize())
+        assert torch.equal(
+            changed.get_input_embeddings().weight, head if tied else changed.get_input_embeddings().weight
+        )
+        assert changed.config.tie_word_embeddings is False
+    assert model.config.tie_word_embeddings == tied
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    without = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4)), calibration)
+    assert without.ledger.codes_sha256 != result.ledger.codes_sha256
+    assert not torch.equal(_nll(model, without.weights, windows), _nll(model, result.weights, windows))
+
+
+def test_static_ranges_come_from_the_calibration_text_and_not_from_what_is_evaluated():
+    model, calibration, windows = _model()
+    scheme = SCHEMES["static inputs"]
+    result = run_pass(MemorySource(model), _recipe(scheme), calibration)
+    both = _nll(model, result.weights, windows)
+    alone = torch.cat([_nll(model, result.weights, window[None]) for window in windows])
+    assert torch.allclose(both, alone, rtol=1e-6)
+    other = run_pass(MemorySource(model), _recipe(scheme), calibration[:1, :4])
+    assert not torch.allclose(_nll(model, other.weights, windows), both, rtol=1e-4)
+
+
+def test_sixteen_bits_of_everything_change_nothing_that_matters():
+    model, calibration, windows = _model()
+    fine = TensorFormat(element=Float(5, 10), block=Block(1, 0), scale=SCALES["float32"])
+    cache = CacheFormat(key=fine, value=fine, residual=3)
+    scheme = Scheme(weight=fine, input=InputFormat(format=fine), cache=cache)
+    result = run_pass(MemorySource(model), _recipe(scheme), calibration)
+    assert torch.allclose(_nll(model, result.weights, windows), window_nll(model, windows), rtol=1e-4)
+
+
+def test_nothing_runs_where_there_is_nothing_to_quantize():
+    model, _, windows = _model()
+    result = run_pass(MemorySource(model), None, None)
+    assert result.weights.tensors == {}
+    assert torch.equal(_nll(model, Weights("model.layers"), windows), window_nll(model, windows))
