@@ -62,6 +62,17 @@ def test_the_base_is_the_smallest_order_that_doubling_leads_from(n, parts):
     assert decompose(n) == parts
 
 
+@pytest.mark.parametrize("q", [11, 19, 43])
+def test_paley_one_is_its_definition_for_primes(q):
+    """Euler's criterion: chi(d) = d^((q - 1) / 2) mod q."""
+    chi = [{0: 0, 1: 1, q - 1: -1}[pow(d, (q - 1) // 2, q)] for d in range(q)]
+    core = [[chi[(a - b) % q] + (a == b) for b in range(q)] for a in range(q)]
+    matrix = hadamard(q + 1)
+    assert matrix[1:, 1:].tolist() == core
+    assert matrix[0].tolist() == [1] * (q + 1)
+    assert matrix[1:, 0].tolist() == [-1] * q
+
+
 @pytest.mark.parametrize("n", [12, 20, 44, 60, 108, 28, 36, 52, 100])
 def test_paley_matrices_are_skew_or_symmetric(n):
     """Type I for 3 mod 4: H - I is skew. Type II for 1 mod 4: H is symmetric."""

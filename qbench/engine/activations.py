@@ -41,12 +41,9 @@ class InputQuantizer:
 
     def _dynamic(self, rows: Tensor, fmt: TensorFormat) -> Tensor:
         try:
-            # A range that is not finite makes `fit` fail, but only min-max ranges show everything that isn't.
-            if fmt.range.method != "minmax":
-                self._require_finite(rows)
             params = fit(rows, fmt, outer=self.outer)
         except NumericsError as error:
-            self._require_finite(rows)
+            self._require_finite(rows)  # no range of such rows is finite: the more telling reason
             raise NumericsError(f"{self.where}: {error}") from error
         return fmt.unblocks(decode(encode(fmt.blocks(rows), fmt, params), params), rows.shape)
 

@@ -2,8 +2,7 @@
 
 Why not the obvious instructions: `/` on float32 is off by up to 2 ulp on a GPU, so codes would differ near ties; there
 is no portable rint; a cast to bfloat16 truncates in Triton's CPU interpreter. Contraction to a fused multiply-add can
-break none of this: what the magic number is added to is a clamped quotient, never a product, and s (q - z) ends in a
-product.
+break none of this: what the magic number is added to is a quotient, never a product, and s (q - z) ends in a product.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def round_even(x: tl.tensor) -> tl.tensor:
-    """Nearest integer, ties to even, of float32 |x| <= 2^22: at 1.5 * 2^23 float32 has no bits for a fraction."""
+    """Nearest integer, ties to even, of float32 |x| <= 2^22: at 1.5 * 2^23 float32 has no bits for a fraction.
+
+    Larger numbers, infinities included, come out as large as they are, which is all that saturation asks for.
+    """
     return (x + 12582912.0) - 12582912.0
 
 

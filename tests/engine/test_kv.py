@@ -192,6 +192,8 @@ def test_how_many_tokens_are_codes(residual):
     keys, values = halves(replace(cache_format("kivi", residual=residual), key=cache_format("token").key))
     grouped = halves(cache_format("kivi", residual=residual))[0] if residual % 4 == 0 else None
     assert values.settled(0) == 0
+    plain = halves(cache_format("token"))[0]
+    assert [plain.attended(t) for t in range(3)] == [1, 2, 3]  # the own token is read from the cache, too
     sliding = together = held = 0
     for t in range(100):
         assert keys.attended(t) == values.attended(t) == sliding

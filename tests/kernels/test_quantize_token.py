@@ -75,6 +75,20 @@ def test_a_token_that_is_not_finite_has_scale_nan_and_codes_0(bad, code):
     assert not codes[4].float().any()
 
 
+def _subnormal():
+    """Tokens whose scale is the smallest float32, or would be less: x / s is far beyond the largest code, or small."""
+    return torch.tensor([[627.0, -627.0, 3.0], [178.0, -178.0, 3.0], [20.0, -20.0, 3.0]]) * 2.0**-149
+
+
+def test_codes_saturate_where_the_scale_is_subnormal():
+    codes, scale = quantize_token(_subnormal(), code="float8_e4m3fn")
+    assert codes.float().tolist() == [[448, -448, 3], [0, 0, 0], [0, 0, 0]]
+    assert scale.flatten().tolist() == [2.0**-149, 1, 1]
+    codes, scale = quantize_token(_subnormal())
+    assert codes[1:].tolist() == [[127, -128, 3], [0, 0, 0]]
+    assert scale[1:].flatten().tolist() == [2.0**-149, 1]
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_leading_axes_are_kept(code):
     x = _tokens().view(3, 3, 37)
@@ -111,7 +125,11 @@ def test_triton_equals_the_reference_bit_for_bit(device, dtype, code):
     x[6, 3], x[7, 2], x[8, 36] = math.nan, math.inf, -math.inf
     _compare(x, code)
     for shape in [(1, 1), (1, 129), (70, 3), (2, 9000)]:
-        _compare(_tokens(dtype, *shape).to(device), code)
+        wide = _tokens(dtype, *shape).to(device)
+        _compare(wide, code)
+        wide[-1, 0] = math.nan
+        _compare(wide, code)
+    _compare(_subnormal().to(device), code)
     for view in [x.T, x[::2, 1::3], x.view(3, 3, 37)[:, 1]]:
         _compare(view, code)
 

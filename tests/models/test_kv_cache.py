@@ -96,8 +96,8 @@ def test_memory_of_kivi_is_the_count_by_hand():
 
 
 def test_memory_of_static_scales_counts_once():
-    """10 tokens of 2 x 3 heads of 8 channels at 4 bits; scales of 16, zero points of 4 bits, of keys and of values: 8 per
-    head, one per head, one for all heads."""
+    """10 tokens of 2 x 3 heads of 8 channels at 4 bits. Scales take 16, zero points 4 bits: 8 per head, one per head or
+    one for all heads, of keys and of values."""
     pair = _pair(10)
     for layout, scales in (("static_channel", 3 * 8), ("static_head", 3), ("static_tensor", 1)):
         format = cache_format(layout, 4, zero="int")

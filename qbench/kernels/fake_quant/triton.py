@@ -125,7 +125,7 @@ def fake_quant_kernel(
             z = tl.zeros_like(s)
         else:
             s = fit_scale(upper - lower, steps * 1.0, finite, SCALE)
-            z = tl.minimum(tl.maximum(round_even(tl.minimum(tl.div_rn(-lower, s), 65536.0)), 0.0), steps)
+            z = tl.minimum(tl.maximum(round_even(tl.div_rn(-lower, s)), 0.0), steps)
 
     if WHOLE:
         decoded = decode(values, s[:, None], z[:, None], minimum, steps)
@@ -141,7 +141,5 @@ def fake_quant_kernel(
 @triton.jit
 def decode(x: tl.tensor, s: tl.tensor, z: tl.tensor, minimum: tl.constexpr, steps: tl.constexpr) -> tl.tensor:
     """s (q - z), q = clamp(round(x / s) + z, minimum, minimum + steps); NaN where x or s is."""
-    # Cut far outside the codes, so that the magic number of round_even can hold what is left.
-    quotient = tl.minimum(tl.maximum(tl.div_rn(x, s), -65536.0), 65536.0)
-    codes = tl.minimum(tl.maximum(round_even(quotient) + z, minimum), minimum + steps)
+    codes = tl.minimum(tl.maximum(round_even(tl.div_rn(x, s)) + z, minimum), minimum + steps)
     return tl.where(x == x, (codes - z) * s, x)  # minimum and maximum drop a NaN
