@@ -54,7 +54,7 @@ def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None
         _refuse_given(node, f"with format={name}, which fixes them", except_=("format", "range"))
         fmt = _with_range(COMPOSITE[name], node["range"])
         if isinstance(fmt.scale, PowerOfTwo) and fmt.range.method != "minmax":
-            raise SpecError("range.method", fmt.range.method, f"minmax: the standard of {name} says how scales are found")
+            raise SpecError("range.method", fmt.range.method, f"minmax: the standard of {name} fixes its scales")
         return fmt
     bits = node["bits"]
     symmetric = node["symmetric"]

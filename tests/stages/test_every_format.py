@@ -1,4 +1,4 @@
-"""Every algorithm with every weight format: identity limits, block-size invariance, gains, or a refusal with a reason."""
+"""Every algorithm with every weight format: identity limits, block-size invariance, gains, or a refusal and why."""
 
 from dataclasses import replace
 
