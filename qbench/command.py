@@ -11,11 +11,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import qbench
+from hydra_plugins.qbench_launcher import SweepLauncher
 from qbench.errors import SpecError
 from qbench.help import HELP
 
@@ -45,6 +47,8 @@ def run_command(arguments: list[str]) -> int:
         _refuse_sweep(arguments)
     _check_keys(arguments)
     logging.getLogger("hydra").setLevel(logging.WARNING)
+    # Hydra looks for plugins in folders, where an editable installation has none.
+    Plugins.instance().register(SweepLauncher)
     composed: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from qbench.__main__ import main
 
 BASE = ["model=tiny", "eval.corpora=[pydoc-heldout]", "calib=pydoc"]
 TINY = Path(qbench.models.__file__).parent / "tiny"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -139,6 +143,21 @@ def test_help_explains_every_public_key(capsys):
         top, _, leaf = key.rpartition(".")
         shown = key in text or (top in ("model", "export", "store", "algo") and leaf in text)
         assert shown, key
+
+
+def test_a_sweep_needs_no_plugin_folder(tmp_path):
+    """An editable installation, used from another folder: Hydra's search of `hydra_plugins` finds nothing."""
+    code = (
+        "import hydra_plugins.qbench_launcher, sys; hydra_plugins.__path__ = []; from qbench.__main__ import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["-m", "bits=3,4", "algo=rtn", "dry_run=true", *BASE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 points" in done.stdout
 
 
 def test_a_dry_run_shows_the_plan_and_runs_nothing(folder, capfd):

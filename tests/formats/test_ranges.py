@@ -95,6 +95,17 @@ def test_the_whole_range_is_in_the_grid_and_eight_bits_keep_nearly_all_of_it():
     assert bool((found.upper >= 0.9 * full.upper).all())
 
 
+@pytest.mark.parametrize("seed", [4, 19, 20])
+def test_scales_that_are_stored_together_are_searched_only_where_that_helps(seed):
+    """Rows of very different size, so that the mean and the largest deviation, which all scales of a block share in
+    double quantization, move with the ranges that are chosen: each better by itself, here they are worse together."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 128, generator=generator) * torch.rand(3, 1, generator=generator) ** 4
+    plain = COMPOSITE["nf4dq"]
+    searched = replace(plain, range=RangeFit(method="mse", grid=10))
+    assert _errors(x, searched, 2.4).sum() <= _errors(x, plain, 2.4).sum()
+
+
 def test_searching_again_in_what_was_found_changes_nothing():
     x = weights(8, 64)
     fmt = TensorFormat(element=Int(2, signed=False), block=Block(1, 16), zero="int", range=RangeFit(method="mse"))
