@@ -224,14 +224,13 @@ class DoubleQuantized(ScaleFormat):
         codes = codes.flatten()[: len(flat)].view(ideal.shape)
         outer = torch.cat([mean[None], largest])
         value = self.value(codes, outer, tuple(ideal.shape))
-        # A scale that the map rounds to 0 or below could not divide; its codes then decode to almost nothing anyway.
         return Stored(value, codes, outer)
 
     def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
         flat = dynamic_map().from_codes(codes.flatten())
         largest = outer[1:].repeat_interleave(self.block)[: len(flat)]
-        value = (flat * largest + outer[0]).view(shape)
-        return torch.where(value > 0, value, outer[0] * 1e-3).clamp_min(torch.finfo(torch.float32).smallest_normal)
+        # What is far below the mean may come out as 0 or less, which could not divide; its block decodes to nothing.
+        return (flat * largest + outer[0]).view(shape).clamp_min(torch.finfo(torch.float32).smallest_normal)
 
 
 def dynamic_map() -> Codebook:

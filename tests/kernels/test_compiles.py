@@ -1,5 +1,6 @@
 """Every kernel compiles to machine code for a GPU and wants no more shared memory than one has, without a GPU."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -23,7 +24,14 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def _version():
+    return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+
+
+@pytest.mark.skipif(
+    not _version().startswith("3.9."),
+    reason=f"compiling without a GPU needs internals of Triton 3.9 (here {_version()})",
+)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_every_kernel_compiles(tmp_path):
     command = [sys.executable, str(FOLDER / "compile_for_gpu.py"), str(CAPABILITY)]

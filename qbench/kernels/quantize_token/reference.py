@@ -20,5 +20,5 @@ def quantize_token(x: Tensor, code: str) -> tuple[Tensor, Tensor]:
     if code == "int8":
         codes = levels.round_().clamp_(-128, 127).to(torch.int8)
     else:
-        codes = levels.clamp_(-448, 448).to(torch.float8_e4m3fn)  # the cast alone would not saturate
+        codes = levels.clamp_(-448, 448).to(torch.float8_e4m3fn)  # whether the cast saturates depends on torch
     return codes, torch.where(finite, scale, torch.full_like(scale, torch.nan))
