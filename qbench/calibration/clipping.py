@@ -76,9 +76,10 @@ class Density:
 
 def _one_magnitude(density: Density, lower: Tensor, upper: Tensor, format: TensorFormat) -> tuple[Tensor, Tensor]:
     unit = (format.element.codebook.double() / format.element.extent).to(lower.device).expand(len(lower), -1)
-    if isinstance(format.element, Int) and format.element.reach == "full":
-        # The scale is negative where the largest value is positive: the levels are mirrored.
-        unit = torch.where((upper > -lower)[:, None], -unit.flip(1), unit)
+    full = isinstance(format.element, Int) and format.element.reach == "full"
+    # With that reach the scale is negative where the largest value is positive: the levels are mirrored.
+    mirrored = (upper > -lower) & full
+    unit = torch.where(mirrored[:, None], -unit.flip(1), unit)
     # Clipping beyond the extremes is none; and a magnitude of 0 has no levels.
     limits = span = torch.ones_like(lower), torch.maximum(-lower, upper).ceil().clamp_min(1)
     for _ in range(_ROUNDS):
@@ -86,7 +87,8 @@ def _one_magnitude(density: Density, lower: Tensor, upper: Tensor, format: Tenso
         place = density.cost(tried[..., None] * unit[:, None]).argmin(dim=1)
         best = tried.gather(1, place[:, None])[:, 0]
         span = _around(best, span, limits)
-    return -best, best
+    # Clipped at one magnitude, the side that was the larger has to remain so.
+    return torch.where(mirrored, -best * (1 - 2.0**-20), -best), best
 
 
 def _two_ends(density: Density, lower: Tensor, upper: Tensor, format: TensorFormat) -> tuple[Tensor, Tensor]:

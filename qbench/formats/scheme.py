@@ -86,7 +86,7 @@ class Override:
     def matches(self, path: str, block: int | None, blocks: int) -> bool:
         """Whether it is about the module or weight at `path` ("mlp.down_proj.weight") of block number `block` (None:
         outside the blocks) of `blocks`."""
-        if self.blocks is not None and (block is None or block not in {b % blocks for b in self.blocks}):
+        if self.blocks is not None and (block is None or block not in {b + blocks * (b < 0) for b in self.blocks}):
             return False
         if self.modules is None:
             return block is not None

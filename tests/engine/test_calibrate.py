@@ -154,6 +154,19 @@ def test_experts_without_tokens_take_what_the_others_need():
         calibrate(case.block, 4, case.structure, Stream([], {}), {next(iter(unseen)): _static(TENSOR)}, None)
 
 
+def test_experts_without_tokens_ask_only_those_in_their_format():
+    case = Case("mixtral")
+    stream = case.stream(1, length=2)
+    seen = _inputs(case, stream)
+    downs = [name for name in case.refs if case.refs[name].index is not None and "down" in name]
+    unseen = next(name for name in downs if name not in seen)
+    alike, *others = (name for name in downs if name in seen)
+    formats = {unseen: _static(TENSOR), alike: _static(TENSOR), **dict.fromkeys(others, _static(INT8, "histogram"))}
+    formats |= {name: InputFormat(format=INT8) for name in case.refs.keys() - formats.keys()}
+    inputs, _ = calibrate(case.block, 0, case.structure, stream, formats, None)
+    assert torch.equal(inputs[unseen].params.scale, inputs[alike].params.scale)
+
+
 @pytest.mark.parametrize("calibration", RANGES)
 def test_calibration_text_that_overflows_is_said_where(calibration):
     case = Case("llama")

@@ -115,6 +115,12 @@ def test_memory_of_symmetric_and_ternary_codes():
         cache = QuantizedCache([cache_format("token", zero="none", **options)])
         _append(cache, pair, 0, 10)
         assert cache.memory_bits() == 2 * 6 * (codes + 10 * 16)
+    static = cache_format("static_head", element=TERNARY, zero="none")
+    ranges = CacheRanges(static)
+    ranges.update(*pair)
+    cache = QuantizedCache([static], [ranges.params()])
+    _append(cache, pair, 0, 10)
+    assert cache.memory_bits() == 2 * (6 * (10 * 8 // 5 * 8) + 3 * 16)
 
 
 def test_nothing_is_held_before_the_first_token_and_after_a_reset():
