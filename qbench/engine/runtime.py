@@ -120,7 +120,7 @@ class Runtime(TorchFunctionMode):
         key, memo = _reading(x), self._memo
         if memo is None or memo.quantizer is not quantizer or memo.key != key:
             memo = self._memo = _Memo(key, quantizer, x, quantizer(x))
-        return memo.result.view(x.shape)
+        return memo.result.reshape(x.shape)
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def extrema(x: Tensor, fmt: TensorFormat) -> Range:
     point exists."""
     if fmt.zero == "float":
         return Range(fmt.blocks(x, torch.inf).amin(dim=-1), fmt.blocks(x, -torch.inf).amax(dim=-1))
-    lower, upper = fmt.blocks(x).aminmax(dim=-1)
+    blocks = fmt.blocks(x)
+    lower, upper = blocks.amin(dim=-1), blocks.amax(dim=-1)  # apart: many times faster than aminmax along an axis
     return Range(lower.clamp_max(0), upper.clamp_min(0))
 
 

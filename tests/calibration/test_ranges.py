@@ -169,10 +169,13 @@ def test_threshold_is_as_good_as_the_best_of_an_exhaustive_search(name, sign):
     assert (found.upper <= whole.upper).all()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("zero", ["int", "float"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_both_ends_are_as_good_as_the_best_of_an_exhaustive_search(bits, zero):
+def test_both_ends_are_as_good_as_the_best_of_an_exhaustive_search(bits, zero, sparse):
     fmt, x = _format(zero=zero, element=Int(bits, signed=False)), _skewed()
+    if sparse:  # an integer zero point represents 0 itself
+        x = x.where(x.abs() > 1, 0)
     found = _found("histogram", fmt, x).range()
     whole = _found("minmax", fmt, x).range()
     tried = [
@@ -181,7 +184,8 @@ def test_both_ends_are_as_good_as_the_best_of_an_exhaustive_search(bits, zero):
         for high in torch.linspace(0.02, 1, 24)
     ]
     best = min(_cost(x, fmt, bounds) for bounds in tried)
-    assert _cost(x, fmt, found) <= 1.003 * best
+    # Where 0 falls between levels matters then, and the best pair may lie between those of the coarsest grid.
+    assert _cost(x, fmt, found) <= (1.01 if sparse and zero == "float" else 1.003) * best
     if bits < 8:
         assert _cost(x, fmt, found) < 0.9 * _cost(x, fmt, whole)
 
