@@ -24,7 +24,7 @@ scheme=default               formats of weights, inputs and cache by name; any k
 format=int                   of the weights: int; fp (8, 6, 4 bits: e4m3, e3m2, e2m1); any float such as
                              e3m4, e4m3ieee; nf2 nf3 nf4 nf4dq af4 fp4bnb ternary mxfp8 mxfp8e5m2 mxfp6
                              mxfp6e2m3 mxfp4 mxint8 nvfp4 fp8block int4in8; none: full precision
-bits=4                       2 to 8, or 1.58 (ternary)
+bits=4                       2 to 8, 1.58 (ternary), or 16 (full precision)
 group_size=64                weights per scale; -1: per output channel, 0: per tensor; or tile=[128,128]
 symmetric=false              integers: true: no zero point
 zero_point=int|float         of asymmetric integers

@@ -25,7 +25,7 @@ ACT_KEYS = ("format", "granularity", "group_size", "symmetric", "mode", "calibra
 CACHE_KEYS = ("format", "layout", "group_size", "residual", "symmetric", "mode")
 OVERRIDE_KEYS = ("modules", "blocks", "skip", *WEIGHT_KEYS, "act_bits", "kv_bits")
 
-TERNARY_BITS = 1.58
+TERNARY_BITS, FULL_BITS = 1.58, 16
 DEFAULT_BITS, DEFAULT_GROUP = 4, 64
 
 
@@ -45,8 +45,11 @@ def build_scheme(values: Mapping[str, Any]) -> Scheme:
 
 
 def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None:
-    """None for `format=none`: weights in full precision."""
+    """None for `format=none` or `bits=16`: weights in full precision."""
     name = node["format"]
+    if name == "int" and node["bits"] == FULL_BITS:
+        _refuse_given(node, "with bits=16 (weights in full precision)", except_=("format", "bits"))
+        return None
     if name == "none":
         _refuse_given(node, "with format=none (weights in full precision)", except_=("format",))
         return None
@@ -173,7 +176,7 @@ def _refuse_range_options(node: Mapping[str, Any] | None, method: str) -> None:
 def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
     """Format of linear inputs; None where neither act_bits nor act.format asks for one."""
     name = node["format"]
-    if bits in (None, 16) and name is None:
+    if bits in (None, FULL_BITS) and name is None:
         for key in ACT_KEYS:
             if node[key] is not None:
                 raise SpecError(f"act.{key}", node[key], "act_bits or act.format beside it: inputs are not quantized")
@@ -238,7 +241,7 @@ def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
 def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
     """Format of cached keys and values; None where neither kv_bits nor kv.format asks for one."""
     name = node["format"]
-    if bits in (None, 16) and name is None:
+    if bits in (None, FULL_BITS) and name is None:
         for key in CACHE_KEYS:
             if node[key] is not None:
                 raise SpecError(f"kv.{key}", node[key], "kv_bits or kv.format beside it: the cache is not quantized")

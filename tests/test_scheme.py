@@ -119,6 +119,7 @@ REFUSED = [
     (["format=e4m3", "reach=full"], "reach=full", "integers"),
     (["format=e4m3", "bits=4"], "bits=4", "8"),
     (["format=fp", "bits=5"], "bits=5", "8, 6, 4"),
+    (["bits=16", "group_size=64"], "group_size=64", "bits=16"),
     (["format=none", "bits=4"], "bits=4", "format=none"),
     (["format=none", "range.method=mse"], "range.method=mse", "format=none"),
     (["bits=1.5"], "bits=1.5", "2 to 8"),
@@ -200,6 +201,7 @@ def test_options_at_their_default_are_the_default():
         ["act_bits=16", "kv_bits=16"],
     ):
         assert _build(*options) == _build()
+    assert _build("bits=16") == _build("format=none")
     assert _build("act_bits=8", "act.granularity=token", "act.mode=dynamic", "act.clip=1") == _build("act_bits=8")
     assert _build("kv_bits=4", "kv.residual=128", "kv.group_size=32", "kv.layout=kivi") == _build("kv_bits=4")
 
