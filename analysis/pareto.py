@@ -59,7 +59,9 @@ def plotted_rows(table: SweepTable, model: str, evaluation: Evaluation) -> pd.Da
     frame, label = table.frame, evaluation.label
     rows = frame[(frame["model"] == model) & frame[f"ppl {label}"].notna()]
     rows = rows[rows["bits_per_weight"].notna() | (rows["algo"] == "none")]
-    points = rows[["label", "model", "algo", "bits", "group_size", "bits_per_weight"]].copy()
+    names = ["label", "model", "algo", "bits", "group_size", "weight_format", "act_format", "kv_format"]
+    points = rows[[*names, "bits_per_weight"]].copy()
+    points["series"] = _series(points)
     points["ppl"], points["stderr"], points["n"] = (
         rows[f"ppl {label}"],
         rows[f"ppl_stderr {label}"],
@@ -73,6 +75,17 @@ def plotted_rows(table: SweepTable, model: str, evaluation: Evaluation) -> pd.Da
     )
     points["run_id"], points["key"], points["spec_key"] = rows["run_id"], rows["key"], evaluation.spec_key
     return points.reset_index(drop=True)
+
+
+def _series(points: pd.DataFrame) -> pd.Series:
+    """What gets a mark of its own: the algorithm and, where that varies, what is quantized beside the weights."""
+    quantized = points[points["algo"] != "none"]
+    if quantized[["act_format", "kv_format"]].drop_duplicates().shape[0] <= 1:
+        return points["algo"]
+    inputs = points["act_format"].map(lambda name: f"inputs {name}", na_action="ignore")
+    cache = points["kv_format"].map(lambda name: f"cache {name}", na_action="ignore")
+    beside = inputs.str.cat(cache, sep=", ", na_rep="").str.strip(", ").replace("", "weights only")
+    return (points["algo"] + ", " + beside).where(points["algo"] != "none", "none")
 
 
 def caption(points: pd.DataFrame) -> str:
@@ -110,10 +123,10 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
             label="front",
         )
     logarithmic = points["ppl"].max() > LOG_BEYOND * points["ppl"].min()
-    style = marks(candidates["algo"])
+    style = marks(candidates["series"])
     slots = sideways_slots(candidates, logarithmic)
     for (_, row), slot in zip(candidates.iterrows(), slots, strict=True):
-        mark, alpha = style[row["algo"]], 1.0 if row["on_front"] else _FADED
+        mark, alpha = style[row["series"]], 1.0 if row["on_front"] else _FADED
         aside = ScaledTranslation(slot * _SLOT_POINTS / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
             row["bits_per_weight"],
@@ -131,8 +144,8 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
     for ends in (candidates["ppl"] + spread, np.maximum(candidates["ppl"] - spread, candidates["ppl"] / 2)):
         axes.update_datalim(np.column_stack([candidates["bits_per_weight"], ends]))
     axes.margins(x=0.05 + 0.03 * max(map(abs, slots)), y=0.05)
-    for algo, mark in style.items():
-        axes.plot([], [], mark.marker, color=mark.colour, label=algo)
+    for series, mark in style.items():
+        axes.plot([], [], mark.marker, color=mark.colour, label=series)
     axes.set_xlabel("bits per weight (better ←)")
     axes.set_ylabel(f"perplexity on {points['task'].iloc[0]} (better ↓)")
     if logarithmic:

@@ -27,6 +27,9 @@ State = Literal["done", "missing", "to measure", "to export", "failed before", "
 #: Seconds between looks at points that another process is working on.
 POLL_S = 2.0
 
+#: Width of what is written to a file or a pipe.
+LOG_COLUMNS = 120
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -46,6 +49,8 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
     options = _shared_options(configs)
     points = with_baselines([freeze(config) for config in configs])
     console = Console()
+    if not console.is_terminal:  # a log file has no width of its own
+        console = Console(width=LOG_COLUMNS)
     with Database(options.store_url) as database:
         plan = [look_up(point, database) for point in points]
         waiting = [planned for planned in plan if planned.state != "done"]

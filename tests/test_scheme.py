@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from qbench.errors import SpecError
-from qbench.formats import quantize
-from qbench.scheme import build_scheme
+from qbench.formats import Block, quantize
+from qbench.scheme import build_scheme, nominal_bits
 
 CONF = Path(__file__).parents[1] / "conf"
 DEFAULTS = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
@@ -130,10 +130,16 @@ REFUSED = [
     (["symmetric=false", "zero_point=none"], "zero_point=none", "int or float"),
     (["symmetric=false", "reach=full"], "reach=full", "symmetric=true"),
     (["symmetric=true", "reach=full", "scale_dtype=e8m0"], "reach=full", "sign"),
+    (["symmetric=true", "reach=full", "scale_dtype=e8m0ceil"], "reach=full", "sign"),
+    (["symmetric=true", "reach=full", "scale_dtype=e4m3"], "reach=full", "sign"),
+    (["symmetric=true", "reach=full", "scale_dtype=dq8"], "reach=full", "sign"),
     (["reach=far"], "reach=far", "midpoint"),
     (["scale_dtype=int8", "symmetric=true"], "scale_dtype=int8", "asymmetric"),
     (["scale_dtype=int8", "group_size=-1"], "scale_dtype=int8", "groups"),
     (["scale_dtype=e4m3", "group_size=0"], "scale_dtype=e4m3", "group_size"),
+    (["scale_dtype=dq8", "group_size=0"], "scale_dtype=dq8", "group_size"),
+    (["scale_dtype=int8", "tile=[2,64]"], "scale_dtype=int8", "groups"),
+    (["group_size=true"], "group_size=True", "integer"),
     (["tile=[16,16]", "group_size=64"], "tile=[16, 16]", "group_size"),
     (["tile=[16]"], "tile=[16]", "[128,128]"),
     (["tile=[0,16]"], "tile=[0, 16]", "[128,128]"),
@@ -145,6 +151,9 @@ REFUSED = [
     (["range.method=mse", "range.max_shrink=2"], "range.max_shrink=2", "at most 1"),
     (["range.method=mse", "range.grid=1.5"], "range.grid=1.5", "number"),
     (["range.method=percentile", "range.percentile=101"], "range.percentile=101", "at most 100"),
+    (["range.method=percentile", "range.percentile=50"], "range.percentile=50", "above 50"),
+    (["range.method=mse", "range.max_shrink=0"], "range.max_shrink=0", "above 0"),
+    (["bits=1.58", "range.norm=2"], "range.norm=2", "absmean"),
     (["range.method=mse", "zero_point=float"], "range.method=mse", "zero_point=float"),
     (["act_bits=1"], "act_bits=1", "2 to 8"),
     (["act.mode=static"], "act.mode=static", "act_bits"),
@@ -152,11 +161,18 @@ REFUSED = [
     (["act_bits=8", "act.mode=static", "act.granularity=token"], "act.granularity=token", "tensor"),
     (["act_bits=8", "act.group_size=32"], "act.group_size=32", "group"),
     (["act_bits=8", "act.calibration=moving"], "act.calibration=moving", "static"),
+    (["act_bits=8", "act.clip=0"], "act.clip=0", "above 0"),
+    (
+        ["act_bits=8", "act.mode=static", "act.granularity=channel", "act.calibration=histogram"],
+        "act.calibration=histogram",
+        "moving",
+    ),
     (["act_bits=8", "act.clip=1.5"], "act.clip=1.5", "at most 1"),
     (["act_bits=8", "act.clip=0.9", "act.mode=static"], "act.clip=0.9", "dynamic"),
     (["act_bits=8", "act.format=mxfp4"], "act_bits=8", "mxfp4"),
     (["act.format=mxfp4", "act.granularity=token"], "act.granularity=token", "mxfp4"),
     (["act.format=mxfp4", "act.mode=static"], "act.format=mxfp4", "dynamic"),
+    (["act.format=ternary"], "act.format=ternary", "dynamic"),
     (["act.format=nf4dq"], "act.format=nf4dq", "dynamic"),
     (["act.format=foo"], "act.format=foo", "mxfp4"),
     (["act.format=e4m3", "act_bits=4"], "act_bits=4", "8"),
@@ -204,6 +220,67 @@ def test_options_at_their_default_are_the_default():
     assert _build("bits=16") == _build("format=none")
     assert _build("act_bits=8", "act.granularity=token", "act.mode=dynamic", "act.clip=1") == _build("act_bits=8")
     assert _build("kv_bits=4", "kv.residual=128", "kv.group_size=32", "kv.layout=kivi") == _build("kv_bits=4")
+
+
+def test_blocks_and_scales_of_every_role_are_those_of_their_options():
+    assert _build("zero_point=none") == _build("symmetric=true")
+    inputs = {
+        ("granularity=token",): Block(1, 0),
+        ("granularity=group", "group_size=32"): Block(1, 32),
+        ("mode=static",): Block(0, 0),
+        ("mode=static", "granularity=channel"): Block(0, 1),
+    }
+    for options, block in inputs.items():
+        fmt = _build("act_bits=8", *(f"act.{option}" for option in options)).input.format
+        assert (fmt.block, fmt.scale.name, fmt.zero) == (block, "float32", "none")
+    caches = {  # blocks of keys and values, zero point, residual, whether heads share a scale
+        ("layout=kivi",): (Block(32, 1), Block(1, 32), "float", 128, False),
+        ("layout=kivi", "group_size=64"): (Block(64, 1), Block(1, 64), "float", 128, False),
+        ("layout=token",): (Block(1, 0), Block(1, 0), "int", 0, False),
+        ("layout=token", "group_size=16"): (Block(1, 16), Block(1, 16), "int", 0, False),
+        ("mode=static",): (Block(0, 0), Block(0, 0), "int", 0, True),
+        ("mode=static", "layout=head"): (Block(0, 0), Block(0, 0), "int", 0, False),
+        ("mode=static", "layout=channel"): (Block(0, 1), Block(0, 1), "int", 0, False),
+    }
+    for options, (key, value, zero, residual, shared) in caches.items():
+        cache = _build("kv_bits=4", *(f"kv.{option}" for option in options)).cache
+        assert (cache.key.block, cache.value.block, cache.residual) == (key, value, residual)
+        assert {cache.key.zero, cache.value.zero} == {zero}
+        assert cache.across_heads == shared
+        assert {cache.key.scale.name, cache.value.scale.name} == {"float16"}
+
+
+def test_a_rest_of_a_group_is_allowed_where_asked_for_and_at_the_edge_of_tiles():
+    assert not _build().weight.partial
+    assert _build("tile=[16,16]").weight.partial
+    scheme = _build("partial_group=true", "overrides=[{modules:down_proj,bits:8}]")
+    assert scheme.weight.partial
+    assert scheme.of_weight("mlp.down_proj.weight", 0, 4).partial
+
+
+def test_nominal_bits_are_those_that_people_say():
+    formats = (_build(*options).weight for options in (["bits=1.58"], ["bits=3"], ["format=nf4"], ["format=none"]))
+    assert [nominal_bits(fmt) for fmt in formats] == [1.58, 3, 4, None]
+
+
+def test_overrides_of_inputs_and_cache_keep_the_scheme_s_other_options():
+    group = ("act_bits=8", "act.granularity=group", "act.group_size=32")
+    scheme = _build(*group, "overrides=[{modules:down_proj,act_bits:4}]")
+    changed = scheme.of_input("mlp.down_proj.weight", 0, 4)
+    assert (changed.format.bits, changed.format.block) == (4, Block(1, 32))
+    assert scheme.of_weight("mlp.down_proj.weight", 0, 4) == scheme.weight
+    scheme = _build("kv_bits=4", "kv.residual=64", "overrides=[{blocks:[1],kv_bits:8}]")
+    assert (scheme.of_cache(1, 4).bits, scheme.of_cache(1, 4).residual) == (8, 64)
+    skipped = _build("overrides=[{blocks:[0],skip:true}]", scheme="w8a8")
+    assert skipped.of_input("mlp.down_proj.weight", 0, 4) is None
+    assert skipped.of_input("mlp.down_proj.weight", 1, 4) == skipped.input
+
+
+def test_an_override_needs_one_role_that_differs_and_the_head_none():
+    scheme = _build("overrides=[{modules:down_proj,bits:4,act_bits:6}]", scheme="w4a8")
+    assert scheme.of_input("mlp.down_proj.weight", 0, 4).format.bits == 6
+    scheme = _build("overrides=[{modules:lm_head,bits:4}]")  # without it the head is in full precision
+    assert scheme.of_weight("lm_head.weight", None, 4) == scheme.weight
 
 
 def test_overrides_keep_what_they_do_not_name():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import qbench.models
 from qbench.__main__ import main
+from qbench.store.owner import is_alive
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(qbench.models.__file__).parent / "tiny"
@@ -156,19 +157,30 @@ def test_an_export_loads_without_qbench(folder):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def working():
+    """Whether a process that is alive has a point in work."""
+    try:
+        with sqlite3.connect("results/results.db") as connection:
+            found = connection.execute("select owner, heartbeat from run where status = 'running'").fetchall()
+    except sqlite3.OperationalError:  # no file or no tables yet
+        return False
+    return any(is_alive(owner, heartbeat) for owner, heartbeat in found)
+
+
 def test_a_killed_sweep_goes_on_and_loses_nothing(folder):
     arguments = ["-m", "algo=gptq,rtn", "bits=2,3,4,5,6,7,8", *BASE]
     kept: set = set()
     generator = random.Random(0)
     for _ in range(4):
         process = command(*arguments)
-        time.sleep(generator.uniform(2.5, 6))
+        while not working() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(generator.uniform(0, 3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if Path("results/results.db").exists():
-            done = {row[3:] for row in rows(where="status = 'done'")}
-            assert kept <= done
-            kept = done
+        done = {row[3:] for row in rows(where="status = 'done'")}
+        assert kept <= done
+        kept = done
     process = command(*arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -15,7 +15,9 @@ from qbench.store.owner import state
 from qbench.store.records import MetricRow, RunRow
 
 _COSTS = ("bits_per_weight", "bits_per_weight_model", "quantize_s", "peak_host_bytes", "peak_device_bytes")
-_IDENTITY = ("model", "algo", "bits", "group_size", "symmetric", "weight_format", "calib", "dtype")
+_IDENTITY = (
+    *("model", "algo", "bits", "group_size", "symmetric", "weight_format", "act_format", "kv_format", "calib", "dtype"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
         names += [f"{kind} {each.label}" for kind in ("ppl", "ppl_stderr", "delta", "delta_stderr", "n")]
     names += [*_COSTS, *_IDENTITY, "error", "run_id", "key"]
     frame = pd.DataFrame.from_records(records, columns=names)
-    whole = ["bits", "group_size", "run_id", *(f"n {each.label}" for each in evaluations)]
+    frame["bits"] = pd.to_numeric(frame["bits"]).convert_dtypes()  # whole numbers, but for ternary weights
+    whole = ["group_size", "run_id", *(f"n {each.label}" for each in evaluations)]
     frame = frame.astype(dict.fromkeys(whole, "Int64"))
     measured = [name for name in names if name.startswith(("ppl", "delta"))]
     frame = frame.astype(dict.fromkeys((*measured, *_COSTS), "float64"))
