@@ -46,7 +46,7 @@ FITS = {
     "inputs that are not quantized": Scheme(
         weight=INT4,
         input=InputFormat(format=_group(32)),
-        overrides=(Override(modules="down_proj", **SKIP),),
+        overrides=(Override(modules="down_proj", roles=("weight",)),),  # its input stays what it is, too
     ),
     "first and last block": Scheme(weight=INT4, overrides=(Override(blocks=(-BLOCKS, BLOCKS - 1), **SKIP),)),
     "the head": Scheme(weight=INT4, overrides=(Override(modules="lm_head", roles=("weight",), weight=INT4),)),
@@ -56,6 +56,11 @@ FITS = {
 @pytest.mark.parametrize("scheme", FITS.values(), ids=FITS)
 def test_what_fits_is_let_through(scheme):
     _check(scheme, lengths=(8, CONTEXT), calibration=CONTEXT)
+
+
+def test_the_sizes_that_fit_go_up_to_the_narrowest_layer():
+    with pytest.raises(SpecError, match="every layer: 8, 16, 32, -1"):
+        _check(Scheme(weight=_group(5)), intermediate_size=64)
 
 
 def _override(**options):

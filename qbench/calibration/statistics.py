@@ -1,4 +1,4 @@
-"""Streaming statistics of a linear layer's input: sums over tokens, so the order and the batching don't matter."""
+"""Streaming statistics of a linear layer's input: sums and maxima over tokens, of no order and no batching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Statistic(Protocol):
-    """A sum over input tokens x [..., in]; `tokens` counts them."""
+    """A sum (or maximum) over input tokens x [..., in]; `tokens` counts them."""
 
     tokens: int
 
@@ -76,5 +76,31 @@ class AbsMean:
     def rescaled(self, scale: Tensor) -> Self:
         other = type(self)(0, self.total.device)
         other.total = self.total / scale
+        other.tokens = self.tokens
+        return other
+
+
+class AbsMax:
+    """max|x_j| over all tokens, float32 [in], 0 without any: how large an input channel gets (SmoothQuant)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.largest = torch.zeros(in_features, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows):  # a maximum over none does not exist
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0).float())
+        self.tokens += rows.shape[0]
+
+    def finish(self) -> None:
+        """Nothing to do: a vector costs nothing to keep."""
+
+    def value(self) -> Tensor:
+        return self.largest
+
+    def rescaled(self, scale: Tensor) -> Self:
+        other = type(self)(0, self.largest.device)
+        other.largest = self.largest / scale
         other.tokens = self.tokens
         return other

@@ -102,8 +102,7 @@ class _Sweep:
             survived += int(torch.count_nonzero(sparse))
             target = levels.sub_((blocks - sparse).div_(params.scale[..., None])).mul_(inside)
             mean = target.sum(dim=-1) / inside.sum(dim=-1)
-            limit = torch.finfo(torch.float16).max
-            following.append(mean.clamp_(-limit, limit).to(torch.float16).float())
+            following.append(mean.to(torch.float16).float())
         return torch.cat(following), error, survived / max(count, 1)
 
     def _parts(self, zero: Tensor) -> Iterator[tuple[Tensor, QParams, Tensor]]:

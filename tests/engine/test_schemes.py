@@ -1,25 +1,29 @@
 """A pass under a scheme: overrides, the head, inputs and cache, from memory or disk, stopped and resumed."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from qbench.engine import resume as resume_module
 from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
-from qbench.engine.resume import ResumePoint
-from qbench.engine.sinks import Weights
+from qbench.engine.resume import ResumePoint, identity_of
+from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.source import MemorySource, StreamSource
+from qbench.evaluation.decode import decode_nll
 from qbench.evaluation.perplexity import stream_nll, window_nll
 from qbench.formats import Block, Float, Int, TensorFormat, fake_quantize, quantize, uniform
 from qbench.formats.named import COMPOSITE, activation_format
 from qbench.formats.scale import SCALES
 from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
 from qbench.models.load import meta_model
-from qbench.stages.pipeline import build_pipeline
+from qbench.stages.pipeline import Pipeline, build_pipeline
+from qbench.stages.round_rtn import Rtn
 from qbench.structure.blocks import find_blocks
 from tests.architectures import tiny_model, tokens
 
@@ -111,6 +115,28 @@ def test_memory_and_disk_give_the_same_codes_and_numbers(scheme, tied, tmp_path)
     assert torch.allclose(streamed, _nll(model, memory.weights, windows), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cache", "static cache", "everything"])
+def test_token_by_token_is_what_one_forward_gives(name):
+    """Through the caches that the pass asks for, static scales included, with everything else in place."""
+    model, calibration, windows = _model()
+    weights = run_pass(MemorySource(model), _recipe(SCHEMES[name]), calibration).weights
+    formats, params = weights.caches(BLOCKS)
+    assert formats == [SCHEMES[name].of_cache(index, BLOCKS) for index in range(BLOCKS)]
+    assert [found is not None for found in params] == [fmt is not None and fmt.static for fmt in formats]
+    with weights.inside(model, cache=False) as changed:
+        assert not torch.allclose(window_nll(changed, windows), decode_nll(changed, windows, formats, params))
+        decoded = decode_nll(changed, windows, formats, params)
+    assert torch.allclose(decoded, _nll(model, weights, windows), rtol=1e-3)
+
+
+def test_what_runs_keeps_no_codes():
+    """They would double what a model in memory takes."""
+    model, calibration, _ = _model()
+    result = run_pass(MemorySource(model), _recipe(SCHEMES["inputs"]), calibration)
+    assert len(result.weights.running) == BLOCKS
+    assert not any(finished.codes or finished.metrics for finished in result.weights.running.values())
+
+
 class _Stopped(Exception):
     pass
 
@@ -133,6 +159,27 @@ def test_a_resumed_pass_ends_as_if_it_had_not_been_stopped(scheme, after, tmp_pa
     assert torch.equal(_nll(model, found.weights, windows), _nll(model, expected.weights, windows))
     for one, other in zip(found.evaluations[0].chunks, expected.evaluations[0].chunks, strict=True):
         assert torch.equal(one, other)
+    for index, finished in expected.weights.running.items():  # what error messages say
+        again = found.weights.running[index].inputs
+        assert {name: q.where for name, q in again.items()} == {name: q.where for name, q in finished.inputs.items()}
+
+
+def test_points_are_an_interval_apart(monkeypatch, tmp_path):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(resume_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    point, written = ResumePoint(tmp_path, 10.0), []
+    for done, clock.now in enumerate((5.0, 11.0, 12.0, 20.0, 21.0, 40.0), start=1):
+        point.save(done, [], Ledger(), Weights(""))
+        if (tmp_path / "point.pt").exists():
+            written.append(torch.load(tmp_path / "point.pt")["done"])
+    assert written == [2, 2, 2, 5, 6]
+
+
+def test_an_identity_tells_apart_what_has_the_same_values():
+    values = torch.arange(12)
+    parts = [values, values.view(3, 4), values.view(4, 3), values.view(torch.int32), "a", ("a",)]
+    assert len({identity_of(part) for part in parts}) == len(parts)
+    assert identity_of(values.view(3, 4)) == identity_of(values.view(3, 4).clone())
 
 
 def test_inputs_are_quantized_in_front_of_every_linear_layer_and_nowhere_else():
@@ -148,6 +195,44 @@ def test_inputs_are_quantized_in_front_of_every_linear_layer_and_nowhere_else():
                 lambda _, args: (fake_quantize(args[0].flatten(0, -2), TOKEN.format).view(args[0].shape),)
             )
     assert torch.allclose(_nll(model, result.weights, windows), window_nll(naive, windows), rtol=1e-6)
+
+
+def test_the_input_of_a_weight_in_full_precision_stays_what_it_is():
+    model, calibration, windows = _model()
+    kept = Override(modules="down_proj", roles=("weight",))
+    both = Override(modules="down_proj", roles=("weight", "input"))
+    results = [
+        run_pass(MemorySource(model), _recipe(replace(SCHEMES["inputs"], overrides=(override,))), calibration)
+        for override in (kept, both)
+    ]
+    for result in results:
+        names = {name for finished in result.weights.running.values() for name in finished.inputs}
+        assert names
+        assert not any("down_proj" in name for name in names)
+    assert torch.equal(*(_nll(model, result.weights, windows) for result in results))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing(Rtn):
+    """Rounds to nearest and keeps the first number that each block's generator draws."""
+
+    drawn: list
+
+    def apply(self, view):
+        self.drawn.append((view.where, torch.rand(1, generator=view.generator).item()))
+        return super().apply(view)
+
+
+def test_every_block_and_seed_draws_numbers_of_its_own_and_the_same_ones_again():
+    model, _, _ = _model()
+    first = {}
+    for seed in (0, 1, 0):
+        drawn = []
+        run_pass(MemorySource(model), Recipe(Pipeline((_Drawing(drawn=drawn),)), Scheme(weight=INT4), seed), None)
+        assert first.setdefault(seed, drawn) == drawn
+    numbers = [number for drawn in first.values() for _, number in drawn]
+    assert {where for where, _ in first[0]} == {f"block {index}" for index in range(BLOCKS)}
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_gptq_sees_the_stream_behind_quantized_inputs():
@@ -226,6 +311,42 @@ def test_a_quantized_head_leaves_the_embedding_alone(tied):
     without = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4)), calibration)
     assert without.ledger.codes_sha256 != result.ledger.codes_sha256
     assert not torch.equal(_nll(model, without.weights, windows), _nll(model, result.weights, windows))
+
+
+def test_a_quantized_head_has_the_model_s_dtype():
+    model, config = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
+    calibration = tokens(config, batch=2, length=8)
+    result = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4, overrides=(HEAD,))), calibration)
+    with result.weights.inside(model) as changed:
+        assert changed.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert torch.isfinite(window_nll(changed, calibration)).all()
+
+
+def test_static_ranges_are_those_of_transformed_blocks_behind_quantized_ones():
+    """Queries read what AWQ's scales left of the norm's output, in a stream through the blocks before as they run."""
+    model, calibration, _ = _model()
+    with torch.no_grad():
+        find_blocks(model)[1][0].input_layernorm.weight[3] *= 8  # something to scale
+    first = set()
+    for stages in (("rtn",), ("awq_scale", "rtn")):
+        weights = run_pass(MemorySource(model), _recipe(SCHEMES["static inputs"], *stages), calibration).weights
+        largest = {}
+        with weights.inside(model) as changed, torch.no_grad():
+            norms = {index: block.input_layernorm for index, block in enumerate(find_blocks(changed)[1])}
+            hooks = [
+                norm.register_forward_hook(
+                    lambda *args, index=index, largest=largest: largest.update({index: args[-1].abs().max().item()})
+                )
+                for index, norm in norms.items()
+            ]
+            changed(calibration)
+            for hook in hooks:
+                hook.remove()
+        for index, finished in weights.running.items():
+            (scale,) = (q.params.scale.item() for name, q in finished.inputs.items() if "q_proj" in name)
+            assert scale == pytest.approx(largest[index] / 31.5, rel=1e-5)
+        first.add(weights.running[0].inputs["self_attn.q_proj.weight"].params.scale.item())
+    assert len(first) == 2
 
 
 def test_static_ranges_come_from_the_calibration_text_and_not_from_what_is_evaluated():
