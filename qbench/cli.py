@@ -82,7 +82,9 @@ def _list(database: Database, options: argparse.Namespace) -> int:
             state(row),
             row.model,
             row.algo,
-            row.weight_format,
+            "\n".join(
+                f for f in (row.weight_format, _beside("act", row.act_format), _beside("kv", row.kv_format)) if f
+            ),
             row.calib,
             per_weight,
         ]
@@ -91,6 +93,10 @@ def _list(database: Database, options: argparse.Namespace) -> int:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
     _console().print(table if rows else "no runs match")
     return 0
+
+
+def _beside(role: str, name: str | None) -> str | None:
+    return None if name is None else f"{role} {name}"
 
 
 def _show(database: Database, options: argparse.Namespace) -> int:

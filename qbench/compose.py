@@ -14,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qbench.assets import ModelAsset, resolve_model
 from qbench.calibration.corpora import Corpus, resolve_corpus
+from qbench.checks import choice, flag, integer
 from qbench.engine.loop import Recipe
 from qbench.errors import SpecError
 from qbench.evaluation.perplexity import VERSION as PERPLEXITY_VERSION
 from qbench.formats.scheme import Scheme
-from qbench.scheme import build_scheme, choice, flag, integer
+from qbench.scheme import build_scheme
 from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec
 from qbench.stages.pipeline import Pipeline, build_pipeline
 
@@ -86,6 +87,8 @@ def freeze(config: DictConfig) -> Point:
     scheme = build_scheme(values)  # checked even where nothing is quantized
     if not pipeline.stages and scheme.at_run_time:
         raise SpecError("algo", values["algo"]["name"], "rtn or another algorithm: inputs or cache are to be quantized")
+    if pipeline.stages and not scheme.weights and not scheme.at_run_time and not scheme.overrides:
+        raise SpecError("format", "none", "something to quantize (format, act_bits, kv_bits), or algo=none")
     pipeline.check(scheme.weights)
     device = _device(values["device"])
     source = choice("source", values["source"], SOURCES)

@@ -12,7 +12,7 @@ data, algorithm and number format becomes a row in a database.
 Keys are given as key=value; with -m a comma separates values to combine. Unknown keys are errors.
 
 model=smollm2-135m|tiny      the model; or model.path=<folder or hub id>
-algo=none|rtn|gptq|awq|hqq   the algorithm; options, with their defaults:
+algo=none|rtn|gptq|awq|hqq|smoothquant|magr   the algorithm; options, with their defaults:
   gptq: algo.damp=0.01 algo.act_order=false algo.static_groups=false algo.block_size=128
         algo.scale_source=compensated|stale|original
   awq:  algo.scale=true algo.clip=true algo.n_grid=20 algo.duo=false algo.grouped_heads=false
@@ -20,6 +20,8 @@ algo=none|rtn|gptq|awq|hqq   the algorithm; options, with their defaults:
         algo.clip_range=symmetric|asymmetric
   hqq:  algo.iterations=20 algo.beta=10 algo.kappa=1.01 algo.p=0.7 algo.round_zero=false
         (needs zero_point=float)
+  smoothquant: algo.alpha=0.5 algo.all_folds=false
+  magr: algo.alpha=1e-3 algo.alpha_group=1e-4 algo.iterations=200, and gptq's
 scheme=default               formats of weights, inputs and cache by name; any key below overrides its part:
                              w4a16_g128 w4a16_g64 w3a16_g64 w2a16_g64 w8a8 w8a8_static w6a6 w4a4 w4a8
                              fp8 mxfp8 mxfp6 mxfp4 nvfp4 nf4 kv8 kv4 kv2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -61,15 +61,26 @@ def check_overrides(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> N
             raise SpecError(
                 "overrides.modules", override.modules, f"matches nothing; this model has {', '.join(names)}"
             )
+    with_all = _formats(scheme, shapes, blocks)
+    for place, override in enumerate(scheme.overrides):
+        others = scheme.overrides[:place] + scheme.overrides[place + 1 :]
+        if _formats(replace(scheme, overrides=others), shapes, blocks) == with_all:
+            where = f"modules: {override.modules}, blocks: {list(override.blocks or ()) or 'all'}"
+            raise SpecError("overrides", f"[{place}] ({where})", "an entry that changes a format: this one does not")
+
+
+def _formats(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> list[object]:
+    """Everything that the scheme decides about this model."""
+    weights = [scheme.of_weight(shape.path, shape.block, blocks) for shape in shapes]
+    inputs = [scheme.of_input(shape.path, shape.block, blocks) for shape in shapes if shape.block is not None]
+    return [weights, inputs, [scheme.of_cache(block, blocks) for block in range(blocks)]]
 
 
 def check_groups(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> None:
     """Groups must divide in_features of the weights and of their inputs, unless a rest is allowed."""
     for shape in shapes:
         weight = scheme.of_weight(shape.path, shape.block, blocks)
-        if weight is None:
-            continue
-        if not weight.fits(shape.in_features, shape.out_features):
+        if weight is not None and not weight.fits(shape.in_features, shape.out_features):
             remedy = "-1 (channel), 0 (tensor); or partial_group=true for a shorter last group"
             option, size = ("format", weight.name) if weight.name else ("group_size", weight.group_size)
             if weight.name:
@@ -105,6 +116,10 @@ def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> Non
     formats = {point.scheme.of_cache(block, blocks) for block in range(blocks)} - {None}
     if not formats:
         return
+    longest = max(evaluation.length for evaluation in point.evaluations)
+    residual = min(fmt.residual for fmt in formats)
+    if residual >= longest:
+        raise SpecError("kv.residual", residual, f"fewer tokens than eval.length={longest}: else nothing is quantized")
     config = skeleton.config.get_text_config()
     if config._attn_implementation != "sdpa":
         raise SpecError(
@@ -126,6 +141,7 @@ def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
     shapes = []
     prefix, blocks = find_blocks(skeleton)
     for number, block in enumerate(blocks):
+        experts = [(name, p.shape[0]) for name, p in block.named_parameters() if p.ndim == 3]
         for path, module in block.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, nn.Embedding) or parameter.ndim not in (2, 3):
@@ -133,6 +149,10 @@ def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
                 size = tuple(parameter.shape[-2:])
                 rows, columns = size[::-1] if isinstance(module, Conv1D) else size
                 inner = f"{path}.{name}" if path else name
+                if parameter.ndim == 2 and any(
+                    rows == count and inner.startswith(f"{_owner(_owner(expert))}.") for expert, count in experts
+                ):
+                    continue  # a router, which stays in full precision
                 shapes.append(
                     LinearShape(
                         name=f"{prefix}.{number}.{inner}",

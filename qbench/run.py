@@ -23,7 +23,7 @@ from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
 from qbench.formats.scheme import Scheme
 from qbench.measure import PeakMemory, Phases, release_free_memory
-from qbench.scheme import nominal_bits
+from qbench.scheme_weights import nominal_bits
 from qbench.session import Session
 from qbench.spec import EvaluationSpec, digest
 from qbench.store.database import Database, Heartbeat
@@ -114,13 +114,13 @@ def columns(point: Point) -> RunColumns:
         model=spec.model.name,
         algo=spec.algo,
         spec=spec.describe(),
-        weight_format=weight.label if weight else spec.model.dtype,
+        weight_format=(weight.label if weight else spec.model.dtype) + ("+mixed" if scheme.overrides else ""),
         act_format=inputs.label if inputs else None,
         kv_format=cache.label if cache else None,
         bits=nominal_bits(weight),
         act_bits=nominal_bits(inputs.format) if inputs else None,
         kv_bits=nominal_bits(cache.key) if cache else None,
-        group_size=weight.group_size if weight else None,
+        group_size=weight.group_size if weight and not weight.tiled else None,
         symmetric=weight.symmetric if weight else None,
         calib=calibration.corpus if calibration else None,
         calib_n=calibration.n if calibration else None,

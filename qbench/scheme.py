@@ -6,32 +6,34 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qbench.checks import choice, flag, integer
 from qbench.errors import SpecError
 from qbench.formats import SCALES, Block, Element, Int, RangeFit, TensorFormat
-from qbench.formats.named import (
-    COMPOSITE,
-    FP_BY_BITS,
-    TABLES,
-    TERNARY,
-    activation_format,
-    float_element,
+from qbench.formats.named import COMPOSITE, activation_format
+from qbench.formats.scheme import HEAD, CacheFormat, InputFormat, Override, Scheme
+from qbench.scheme_weights import (
+    DEFAULT_BITS,
+    DEFAULT_GROUP,
+    FULL_BITS,
+    RANGE_KEYS,
+    WEIGHT_KEYS,
+    element_named,
+    weight_format,
 )
-from qbench.formats.scale import PowerOfTwo
-from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
 
-#: Options of the weight format; an override may set each of them.
-WEIGHT_KEYS = ("format", "bits", "group_size", "symmetric", "zero_point", "reach", "scale_dtype", "tile", "range")
 ACT_KEYS = ("format", "granularity", "group_size", "symmetric", "mode", "calibration", "clip")
 CACHE_KEYS = ("format", "layout", "group_size", "residual", "symmetric", "mode")
 OVERRIDE_KEYS = ("modules", "blocks", "skip", *WEIGHT_KEYS, "act_bits", "kv_bits")
 
-TERNARY_BITS, FULL_BITS = 1.58, 16
-DEFAULT_BITS, DEFAULT_GROUP = 4, 64
+
+#: Whole formats whose scales can be fitted token by token.
+ACT_COMPOSITE = tuple(name for name in COMPOSITE if name.startswith("mx") or name in ("nvfp4", "fp8block"))
 
 
 def build_scheme(values: Mapping[str, Any]) -> Scheme:
     """The scheme that the configuration describes. Raises SpecError, naming the option."""
-    partial = choice("partial_group", values["partial_group"], (True, False))
+    _check_nodes(values)
+    partial = flag("partial_group", values["partial_group"])
     weight = weight_format({key: values[key] for key in WEIGHT_KEYS}, partial)
     inputs = input_format(values["act_bits"], values["act"])
     cache = cache_format(values["kv_bits"], values["kv"])
@@ -40,143 +42,16 @@ def build_scheme(values: Mapping[str, Any]) -> Scheme:
         raise SpecError(
             "overrides", listed, "a list such as [{modules: down_proj, bits: 8}, {blocks: [0, -1], skip: true}]"
         )
-    overrides = tuple(_override(node, values, weight, inputs, partial) for node in listed)
+    overrides = tuple(_override(node, values, partial) for node in listed)
     return Scheme(weight=weight, input=inputs, cache=cache, overrides=overrides)
-
-
-def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None:
-    """None for `format=none` or `bits=16`: weights in full precision."""
-    name = node["format"]
-    if name == "int" and node["bits"] == FULL_BITS:
-        _refuse_given(node, "with bits=16 (weights in full precision)", except_=("format", "bits"))
-        return None
-    if name == "none":
-        _refuse_given(node, "with format=none (weights in full precision)", except_=("format",))
-        return None
-    if name in COMPOSITE:
-        _refuse_given(node, f"with format={name}, which fixes them", except_=("format", "range"))
-        fmt = _with_range(COMPOSITE[name], node["range"])
-        if isinstance(fmt.scale, PowerOfTwo) and fmt.range.method != "minmax":
-            raise SpecError("range.method", fmt.range.method, f"minmax: the standard of {name} fixes its scales")
-        return fmt
-    bits = node["bits"]
-    symmetric = node["symmetric"]
-    if name == "int" and bits != TERNARY_BITS:
-        bits = DEFAULT_BITS if bits is None else integer("bits", bits, 2, 8, also=f", or {TERNARY_BITS} (ternary)")
-        zero, element = _integer_element(node, bits, symmetric)
-    else:
-        element = TERNARY if name == "int" else _element(name, bits)
-        zero = "none"
-        for key in ("zero_point", "reach"):
-            if node[key] is not None:
-                raise SpecError(key, node[key], f"only integers have it (format={name} bits={bits})")
-        if symmetric is False:
-            raise SpecError("symmetric", False, f"true: format={element.name} has no zero point")
-    scale = choice("scale_dtype", node["scale_dtype"] or "float16", SCALES)
-    block = _block(node["group_size"], node["tile"])
-    if scale == "int8" and (zero != "int" or block.rows != 1 or not block.columns):
-        raise SpecError(
-            "scale_dtype", scale, "asymmetric integers in groups: integer scales count steps of the row's int8 grid"
-        )
-    if scale in ("e8m0", "e8m0ceil", "dq8", "e4m3", "int8") and getattr(element, "reach", None) == "full":
-        raise SpecError("reach", "full", f"a scale with a sign, which {scale} has not (scale_dtype)")
-    if scale in ("e4m3", "dq8") and block == Block(0, 0):
-        raise SpecError("scale_dtype", scale, "more than one scale per tensor: set group_size")
-    fmt = TensorFormat(element=element, block=block, zero=zero, scale=SCALES[scale])
-    fmt = replace(fmt, partial=bool(block.rows > 1 or (partial and block.columns)))
-    if element == TERNARY and (node["range"] or {}).get("method") is None:
-        fmt = replace(fmt, range=RangeFit(method="absmean"))
-        _refuse_range_options(node["range"], "absmean")
-        return fmt
-    return _with_range(fmt, node["range"])
-
-
-def _integer_element(node: Mapping[str, Any], bits: int, symmetric: object) -> tuple[str, Int]:
-    kind = node["zero_point"]
-    if kind is not None:
-        kind = choice("zero_point", kind, ("int", "float", "none"))
-    if symmetric is None:
-        symmetric = kind == "none" or node["reach"] is not None
-    symmetric = flag("symmetric", symmetric)
-    if symmetric and kind in ("int", "float"):
-        raise SpecError("zero_point", kind, "none with symmetric=true: a symmetric grid has no zero point")
-    if not symmetric and kind == "none":
-        raise SpecError("zero_point", kind, "int or float with symmetric=false")
-    if not symmetric and node["reach"] is not None:
-        raise SpecError("reach", node["reach"], "symmetric=true: an asymmetric range is covered from end to end")
-    reach = choice("reach", node["reach"] or "midpoint", ("midpoint", "narrow", "full"))
-    return ("none" if symmetric else kind or "int"), Int(bits, signed=symmetric, reach=reach)
-
-
-def _element(name: object, bits: object) -> Element:
-    """Float or table element; `bits`, where given, must be its own."""
-    if name == "fp":
-        wanted = DEFAULT_BITS if bits is None else bits
-        if wanted not in FP_BY_BITS:
-            raise SpecError(
-                "bits", bits, f"with format=fp one of {', '.join(map(str, FP_BY_BITS))}; or name the format"
-            )
-        return float_element(FP_BY_BITS[wanted])
-    found = TABLES.get(name) or (float_element(name) if isinstance(name, str) else None)
-    if found is None:
-        names = ", ".join(["int", "fp", *TABLES, *COMPOSITE, "none"])
-        raise SpecError(
-            "format", name, f"one of {names}, or a float such as e4m3, e3m2, e2m1, e3m4ieee (E 1-7, M 0-10)"
-        )
-    if bits is not None and bits != found.bits:
-        raise SpecError("bits", bits, f"{found.bits:g}, or leave it out: format={name} has that many")
-    return found
-
-
-def _block(group_size: object, tile: object) -> Block:
-    if tile is not None:
-        if group_size is not None:
-            raise SpecError("tile", tile, "no group_size beside it: a tile is the block that shares a scale")
-        if not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n >= 1 for n in tile)):
-            raise SpecError("tile", tile, "[rows, columns], such as [128,128]")
-        return Block(*tile)
-    size = DEFAULT_GROUP if group_size is None else integer("group_size", group_size, -1)
-    return {0: Block(0, 0), -1: Block(1, 0)}.get(size, Block(1, size))
-
-
-def _with_range(fmt: TensorFormat, node: Mapping[str, Any] | None) -> TensorFormat:
-    node = node or {}
-    if node.get("method") is None:
-        _refuse_range_options(node, fmt.range.method)
-        return fmt
-    method = choice("range.method", node["method"], ("minmax", "mse", "percentile", "absmean"))
-    if method == "absmean" and fmt.element != TERNARY:
-        raise SpecError("range.method", method, "minmax, mse or percentile: absmean is for ternary weights (bits=1.58)")
-    if fmt.zero == "float" and method == "mse":
-        raise SpecError("range.method", method, "minmax or percentile: mse shrinks ranges around 0 (zero_point=float)")
-    _refuse_range_options(node, method)
-    given = {key: node[key] for key in ("norm", "grid", "max_shrink", "percentile") if node.get(key) is not None}
-    return replace(fmt, range=RangeFit(method=method, **_range_values(given)))
-
-
-def _range_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    limits = {"norm": (0.1, 10), "grid": (2, 10_000), "max_shrink": (0, 1), "percentile": (50, 100)}
-    values = {}
-    for key, value in given.items():
-        low, high = limits[key]
-        kinds = (int,) if key == "grid" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low < value <= high:
-            raise SpecError(f"range.{key}", value, f"a number above {low}, at most {high}")
-        values[key] = value if key == "grid" else float(value)
-    return values
-
-
-def _refuse_range_options(node: Mapping[str, Any] | None, method: str) -> None:
-    used = {"mse": ("norm", "grid", "max_shrink"), "percentile": ("percentile",)}.get(method, ())
-    for key in ("norm", "grid", "max_shrink", "percentile"):
-        if (node or {}).get(key) is not None and key not in used:
-            raise SpecError(f"range.{key}", node[key], f"nothing: range.method={method} does not use it")
 
 
 def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
     """Format of linear inputs; None where neither act_bits nor act.format asks for one."""
     name = node["format"]
-    if bits in (None, FULL_BITS) and name is None:
+    if bits == FULL_BITS:
+        return None  # switched off, whatever a scheme says
+    if bits is None and name is None:
         for key in ACT_KEYS:
             if node[key] is not None:
                 raise SpecError(f"act.{key}", node[key], "act_bits or act.format beside it: inputs are not quantized")
@@ -186,6 +61,7 @@ def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
     if not static and node["calibration"] is not None:
         raise SpecError("act.calibration", node["calibration"], "act.mode=static: dynamic ranges are not calibrated")
     calibration = choice("act.calibration", node["calibration"] or "minmax", ("minmax", "moving", "histogram"))
+    _require_name("act.format", name)
     if name in COMPOSITE:
         for key in ("granularity", "group_size", "symmetric", "clip"):
             if node[key] is not None:
@@ -193,17 +69,17 @@ def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
         fmt = activation_format(name)
         if bits not in (None, fmt.bits):
             raise SpecError("act_bits", bits, f"{fmt.bits:g}, or leave it out: act.format={name} has that many")
-        if static or fmt.scale.whole or name in ("ternary", "int4in8"):
-            raise SpecError(
-                "act.format", name, "a format for dynamic activations: int, fp, e4m3, mxfp4, nvfp4, fp8block …"
-            )
+        if static:
+            raise SpecError("act.mode", "static", f"dynamic: act.format={name} has scales for parts of a token")
+        if name not in ACT_COMPOSITE:
+            raise SpecError("act.format", name, f"one of int, fp, {', '.join(ACT_COMPOSITE)}, or a float such as e4m3")
         return InputFormat(format=fmt)
     symmetric = True if node["symmetric"] is None else flag("act.symmetric", node["symmetric"])
     if name in (None, "int"):
         element: Element = Int(integer("act_bits", DEFAULT_BITS if bits is None else bits, 2, 8), signed=symmetric)
         zero = "none" if symmetric else "int"
     else:
-        element, zero = _renamed(lambda: _element(name, bits)), "none"
+        element, zero = _renamed(lambda: element_named(name, bits, ACT_COMPOSITE)), "none"
         if not symmetric:
             raise SpecError("act.symmetric", False, f"true: act.format={name} has no zero point")
     default = "tensor" if static else "token"
@@ -241,11 +117,14 @@ def input_format(bits: object, node: Mapping[str, Any]) -> InputFormat | None:
 def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
     """Format of cached keys and values; None where neither kv_bits nor kv.format asks for one."""
     name = node["format"]
-    if bits in (None, FULL_BITS) and name is None:
+    if bits == FULL_BITS:
+        return None
+    if bits is None and name is None:
         for key in CACHE_KEYS:
             if node[key] is not None:
                 raise SpecError(f"kv.{key}", node[key], "kv_bits or kv.format beside it: the cache is not quantized")
         return None
+    _require_name("kv.format", name)
     mode = choice("kv.mode", node["mode"] or "dynamic", ("dynamic", "static"))
     static = mode == "static"
     layouts = ("tensor", "head", "channel") if static else ("kivi", "token")
@@ -257,18 +136,22 @@ def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
     else:
         if node["symmetric"] is False:
             raise SpecError("kv.symmetric", False, f"true: kv.format={name} has no zero point")
-        element, zero = _renamed(lambda: _element(name, bits), "kv"), "none"
+        element, zero = _renamed(lambda: element_named(name, bits, ()), "kv"), "none"
     residual = node["residual"]
     residual = (128 if layout == "kivi" else 0) if residual is None else integer("kv.residual", residual, 0)
     size = node["group_size"]
-    if size is not None and (static or integer("kv.group_size", size, 2) < 2):
+    if size is not None and static:
         raise SpecError("kv.group_size", size, f"kv.layout=kivi or token (now {layout})")
+    if size is not None:
+        integer("kv.group_size", size, 2)
 
     def fmt(block: Block) -> TensorFormat:
         return TensorFormat(element=element, block=block, zero=zero, scale=SCALES["float16"])
 
     if layout == "kivi":
         group = 32 if size is None else size
+        if node["residual"] is None and residual % group:
+            raise SpecError("kv.group_size", group, f"a divisor of kv.residual={residual}, or another kv.residual")
         if residual == 0 or residual % group:
             raise SpecError(
                 "kv.residual",
@@ -285,13 +168,7 @@ def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
     )
 
 
-def _override(
-    node: Mapping[str, Any],
-    values: Mapping[str, Any],
-    weight: TensorFormat | None,
-    inputs: InputFormat | None,
-    partial: bool,
-) -> Override:
+def _override(node: Mapping[str, Any], values: Mapping[str, Any], partial: bool) -> Override:
     """One entry of `overrides`: the scheme's own options with this entry's in their place."""
     unknown = sorted(set(node) - set(OVERRIDE_KEYS))
     if unknown:
@@ -303,6 +180,12 @@ def _override(
         raise SpecError("overrides.blocks", blocks, "a list of block numbers such as [0,-1]")
     if modules is None and blocks is None:
         raise SpecError("overrides", dict(node), "modules or blocks: what it applies to")
+    if modules is not None and modules.split(".")[0] == HEAD:
+        for key in ("blocks", "act_bits"):
+            if node.get(key) is not None:
+                raise SpecError(f"overrides.{key}", node[key], "nothing beside modules=lm_head, which is no block's")
+    if "range" in node:
+        _check_range("overrides.range", node["range"])
     where = {"modules": modules, "blocks": None if blocks is None else tuple(blocks)}
     changes = {key: value for key, value in node.items() if key not in ("modules", "blocks", "skip")}
     if node.get("skip") is not None:
@@ -320,26 +203,39 @@ def _override(
         formats["weight"] = weight_format(options, partial)
     if "act_bits" in changes:
         roles.append("input")
-        formats["input"] = input_format(changes["act_bits"], values["act"])
+        formats["input"] = input_format(_or_full(changes["act_bits"]), values["act"])
     if "kv_bits" in changes:
         if modules is not None:
             raise SpecError(
                 "overrides.kv_bits", changes["kv_bits"], "blocks without modules: a cache belongs to a block"
             )
         roles.append("cache")
-        formats["cache"] = cache_format(changes["kv_bits"], values["kv"])
-    found = Override(**where, roles=tuple(roles), **formats)
-    before = {"weight": weight, "input": inputs}
-    if modules is not None and modules != "lm_head" and all(formats[r] == before.get(r, ...) for r in roles):
-        raise SpecError("overrides", dict(node), "something that differs from the scheme: this changes nothing")
-    return found
+        formats["cache"] = cache_format(_or_full(changes["kv_bits"]), values["kv"])
+    return Override(**where, roles=tuple(roles), **formats)
 
 
-def nominal_bits(fmt: TensorFormat | None) -> float | None:
-    """Bits as people say them: 1.58 for ternary codes, which are packed at 1.6."""
-    if fmt is None:
-        return None
-    return TERNARY_BITS if fmt.element == TERNARY else fmt.bits
+def _or_full(bits: object) -> object:
+    """An override that says `act_bits: null` means full precision there."""
+    return FULL_BITS if bits is None else bits
+
+
+def _check_nodes(values: Mapping[str, Any]) -> None:
+    """`act=8` replaces a group of options by a number: refuse that before anything looks into it."""
+    _check_range("range", values["range"])
+    for name, keys in (("act", ACT_KEYS), ("kv", CACHE_KEYS)):
+        if not isinstance(values[name], Mapping):
+            accepted = ", ".join(f"{name}.{key}" for key in keys)
+            raise SpecError(name, values[name], f"{name}_bits for the bits, or one of {accepted}")
+
+
+def _check_range(option: str, node: object) -> None:
+    if not isinstance(node, Mapping) or set(node) - set(RANGE_KEYS):
+        raise SpecError(option, node, f"options of its own: {', '.join(f'range.{key}' for key in RANGE_KEYS)}")
+
+
+def _require_name(option: str, name: object) -> None:
+    if name is not None and not isinstance(name, str):
+        raise SpecError(option, name, "a name such as int, fp, e4m3")
 
 
 def _renamed(build: Any, role: str = "act") -> Element:
@@ -349,34 +245,3 @@ def _renamed(build: Any, role: str = "act") -> Element:
     except SpecError as error:
         option = {"format": f"{role}.format", "bits": f"{role}_bits"}[error.option]
         raise SpecError(option, error.value, error.accepted) from error
-
-
-def _refuse_given(node: Mapping[str, Any], why: str, except_: tuple[str, ...]) -> None:
-    for key in WEIGHT_KEYS:
-        if key in except_ or node[key] is None:
-            continue
-        if key != "range":
-            raise SpecError(key, node[key], f"nothing {why}")
-        for option, value in node[key].items():
-            if value is not None:
-                raise SpecError(f"range.{option}", value, f"nothing {why}")
-
-
-def integer(option: str, value: object, low: int, high: int | None = None, also: str = "") -> int:
-    """`value` if it is an integer from low to high; SpecError otherwise."""
-    upper = f" to {high}" if high is not None else " or more"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise SpecError(option, value, f"must be an integer, {low}{upper}{also}")
-    return value
-
-
-def flag(option: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SpecError(option, value, "must be true or false")
-    return value
-
-
-def choice(option: str, value: object, accepted: Any) -> Any:
-    if not isinstance(value, (str, bool)) or value not in accepted:
-        raise SpecError(option, value, f"must be one of {', '.join(map(str, accepted))}")
-    return value

@@ -19,7 +19,7 @@ LAYERS = (
     {"stages"},
     {"engine"},
     {"models", "evaluation", "export"},
-    {"scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"},
+    {"checks", "scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"},
     {"cli", "command", "help", "__main__"},
 )
 BESIDE = {("export", "models"), ("evaluation", "models")}

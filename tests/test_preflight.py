@@ -1,5 +1,6 @@
 """What a model's shape does not allow is refused from its configuration, with what would fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ FITS = {
     "inputs that are not quantized": Scheme(
         weight=INT4,
         input=InputFormat(format=_group(32)),
-        overrides=(Override(modules="down_proj", roles=("weight",)),),  # its input stays what it is, too
+        overrides=(Override(modules="down_proj", **SKIP),),
     ),
     "first and last block": Scheme(weight=INT4, overrides=(Override(blocks=(-BLOCKS, BLOCKS - 1), **SKIP),)),
     "the head": Scheme(weight=INT4, overrides=(Override(modules="lm_head", roles=("weight",), weight=INT4),)),
@@ -108,6 +109,32 @@ REFUSED = {
         "overrides.modules=foo",
         "up_proj",
     ),
+    "an entry like the scheme": (
+        Scheme(weight=INT4, overrides=(Override(blocks=(0,), roles=("weight",), weight=INT4),)),
+        "overrides=[0] (modules: None, blocks: [0])",
+        "changes a format",
+    ),
+    "an entry that a later one undoes": (
+        Scheme(
+            weight=INT4,
+            overrides=(
+                Override(blocks=(0,), modules="up_proj", roles=("weight",), weight=_group(8)),
+                Override(modules="mlp.*", roles=("weight",), weight=_group(16)),
+            ),
+        ),
+        "overrides=[0] (modules: up_proj, blocks: [0])",
+        "changes a format",
+    ),
+    "a head that is in full precision anyway": (
+        _override(modules="lm_head"),
+        "overrides=[0] (modules: lm_head, blocks: all)",
+        "changes a format",
+    ),
+    "a residual that nothing leaves": (
+        Scheme(weight=INT4, cache=replace(_cache(4), residual=8)),
+        "kv.residual=8",
+        "eval.length=8",
+    ),
     "the head in a block": (_override(modules="lm_head", blocks=(0,)), "overrides.modules=lm_head", "nothing"),
     "heads of the cache": (Scheme(cache=_cache(5)), "kv.group_size=5", "head_dim=8"),
     "the cache of one block": (
@@ -141,6 +168,14 @@ def test_a_head_s_width_is_the_configuration_s_own_where_it_has_one():
     _check(Scheme(cache=_cache(16)), "qwen3", head_dim=16)
     with pytest.raises(SpecError, match="head_dim=8"):
         _check(Scheme(cache=_cache(16)), "qwen3")
+
+
+def test_a_pattern_that_matches_only_routers_matches_nothing():
+    model, _ = tiny_model("mixtral")
+    for modules in ("gate", "mlp.gate"):
+        with pytest.raises(SpecError, match=r"overrides\.modules=.*matches nothing"):
+            _check_model(model, _override(modules=modules))
+    _check_model(model, _override(modules="experts.gate_up_proj"))
 
 
 def test_a_cache_that_cannot_be_reached_is_refused():

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from qbench.errors import SpecError
 from qbench.formats import Block, quantize
-from qbench.scheme import build_scheme, nominal_bits
+from qbench.scheme import build_scheme
+from qbench.scheme_weights import nominal_bits
 
 CONF = Path(__file__).parents[1] / "conf"
 DEFAULTS = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
@@ -38,7 +39,7 @@ def test_every_promised_scheme_exists_and_builds():
     assert labels["w4a8"] == "int4_g64_asym_int8+act-int8_token"
     assert labels["fp8"] == "e4m3_channel+act-e4m3_token"
     assert labels["nvfp4"] == "nvfp4+act-nvfp4"
-    assert labels["kv2"] == "float+kv-int2_kivi_r128"
+    assert labels["kv2"] == "float+kv-int2_kivi_g32_r128"
     del labels["default"]
     assert len(set(labels.values())) == len(labels)
 
@@ -171,9 +172,9 @@ REFUSED = [
     (["act_bits=8", "act.clip=0.9", "act.mode=static"], "act.clip=0.9", "dynamic"),
     (["act_bits=8", "act.format=mxfp4"], "act_bits=8", "mxfp4"),
     (["act.format=mxfp4", "act.granularity=token"], "act.granularity=token", "mxfp4"),
-    (["act.format=mxfp4", "act.mode=static"], "act.format=mxfp4", "dynamic"),
-    (["act.format=ternary"], "act.format=ternary", "dynamic"),
-    (["act.format=nf4dq"], "act.format=nf4dq", "dynamic"),
+    (["act.format=mxfp4", "act.mode=static"], "act.mode=static", "mxfp4"),
+    (["act.format=ternary"], "act.format=ternary", "nvfp4"),
+    (["act.format=nf4dq"], "act.format=nf4dq", "nvfp4"),
     (["act.format=foo"], "act.format=foo", "mxfp4"),
     (["act.format=e4m3", "act_bits=4"], "act_bits=4", "8"),
     (["act.format=e4m3", "act.symmetric=false"], "act.symmetric=False", "true"),
@@ -191,7 +192,19 @@ REFUSED = [
     (["overrides=[{bits:8}]"], "overrides=", "modules"),
     (["overrides=[{modules:down_proj,foo:8}]"], "overrides.foo=8", "bits"),
     (["overrides=[{modules:down_proj,bits:9}]"], "bits=9", "2 to 8"),
-    (["overrides=[{modules:down_proj,bits:4}]"], "overrides=", "changes nothing"),
+    (["overrides=[{modules:lm_head,act_bits:8}]"], "overrides.act_bits=8", "lm_head"),
+    (["overrides=[{modules:lm_head,blocks:[0],bits:8}]"], "overrides.blocks=[0]", "lm_head"),
+    (["overrides=[{modules:down_proj,range:mse}]"], "overrides.range=mse", "range.method"),
+    (["overrides=[{modules:down_proj,range:{foo:1}}]"], "overrides.range=", "range.method"),
+    (["overrides=[{modules:down_proj,format:[3]}]"], "format=[3]", "a name"),
+    (["format=[int]"], "format=['int']", "a name"),
+    (["act.format=[int]"], "act.format=['int']", "a name"),
+    (["kv.format=[int]"], "kv.format=['int']", "a name"),
+    (["format=fp", "bits=[8]"], "bits=[8]", "8, 6, 4"),
+    (["partial_group=true", "group_size=-1"], "partial_group=True", "groups"),
+    (["partial_group=true", "tile=[8,8]"], "partial_group=True", "groups"),
+    (["kv_bits=4", "kv.group_size=12"], "kv.group_size=12", "128"),
+    (["kv.format=mxfp4"], "kv.format=mxfp4", "e4m3"),
     (["overrides=[{blocks:first,bits:8}]"], "overrides.blocks=first", "[0,-1]"),
     (["overrides=[{blocks:[0],skip:false}]"], "overrides.skip=False", "true"),
     (["overrides=[{blocks:[0],skip:true,bits:8}]"], "overrides.skip=True", "beside"),
@@ -218,6 +231,25 @@ def test_options_at_their_default_are_the_default():
     ):
         assert _build(*options) == _build()
     assert _build("bits=16") == _build("format=none")
+    assert _build("partial_group=true") == _build()  # the same numbers where nothing is left over
+
+
+def test_sixteen_bits_switch_off_what_a_scheme_asks_for():
+    for name in ("w8a8", "w8a8_static", "fp8", "nvfp4"):
+        scheme = _build("act_bits=16", scheme=name)
+        assert (scheme.input, scheme.weight) == (None, _build(scheme=name).weight)
+        first = _build("overrides=[{blocks:[0],act_bits:16}]", scheme=name)
+        assert first.of_input("mlp.up_proj.weight", 0, 2) is None
+        assert first.of_input("mlp.up_proj.weight", 1, 2) == _build(scheme=name).input
+    assert _build("kv_bits=16", scheme="kv4").cache is None
+    assert _build("overrides=[{blocks:[0],kv_bits:null}]", scheme="kv4").of_cache(0, 2) is None
+
+
+@pytest.mark.parametrize("node", ["range", "act", "kv"])
+@pytest.mark.parametrize("value", [8, "mse", None, [1]])
+def test_a_group_of_options_is_not_a_value(node, value):
+    with pytest.raises(SpecError, match=rf"^{node}="):
+        build_scheme(_values() | {node: value})
     assert _build("act_bits=8", "act.granularity=token", "act.mode=dynamic", "act.clip=1") == _build("act_bits=8")
     assert _build("kv_bits=4", "kv.residual=128", "kv.group_size=32", "kv.layout=kivi") == _build("kv_bits=4")
 

@@ -45,7 +45,11 @@ EVALUATION = EvaluationSpec(
 # Names of assets and of pipelines; what they stand for is in the key by its content.
 LABELS = {
     *((), ("algo",), ("model", "name"), ("calibration", "corpus"), ("scheme", "cache", "layout")),
-    *(("scheme", *role, "name") for role in [("weight",), ("input", "format"), ("cache", "key"), ("cache", "value")]),
+    *(
+        ("scheme", *role, label)  # `partial` says what is allowed, not what is computed
+        for role in [("weight",), ("input", "format"), ("cache", "key"), ("cache", "value")]
+        for label in ("name", "partial")
+    ),
 }
 
 
@@ -213,7 +217,7 @@ def test_labels_name_the_weight_format_and_the_protocol():
     expected = {(64, False): "int4_g64_asym", (-1, True): "int4_channel_sym", (0, False): "int4_tensor_asym"}
     for (group_size, symmetric), label in expected.items():
         assert uniform(bits=4, group_size=group_size, symmetric=symmetric).label == label
-    assert SCHEME.label == "int4_g64_asym+act-int8_token+kv-int4_token_r128"
+    assert SCHEME.label == "int4_g64_asym+act-int8_token+kv-int4_token_g64_r128"
     assert Scheme(overrides=(Override(blocks=(0,)),)).label == "float+mixed"
     assert EVALUATION.protocol == "window-512"
 

@@ -1,6 +1,7 @@
 """Short names for the points of a sweep: what differs goes into the label, what they share into the
 caption."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ def point_labels(rows: Sequence[RunRow]) -> list[str]:
 
 
 def _is_integer(row: RunRow) -> bool:
-    return (row.weight_format or "int").startswith("int")
+    """Whether bits, group size and symmetry say what the weights are."""
+    return re.fullmatch(r"int\d_(g\d+|channel|tensor)_a?sym", row.weight_format or "int4_tensor_sym") is not None
 
 
 def _weights(row: RunRow) -> list[str]:

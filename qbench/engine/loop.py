@@ -4,7 +4,7 @@ stages say what they need and what they changed."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -150,11 +150,11 @@ def _calibrate(
     index: int,
     count: int,
     scheme: Scheme,
-    formats: Mapping[str, TensorFormat | None],
+    names: Iterable[str],
     stream: Stream | None,
 ) -> FinishedBlock:
-    """What is quantized while the block runs: the inputs of its quantized weights, its cache."""
-    wanted = {name: scheme.of_input(name, index, count) for name, fmt in formats.items() if fmt is not None}
+    """What is quantized while the block runs: the inputs of its weights `names`, its cache."""
+    wanted = {name: scheme.of_input(name, index, count) for name in names}
     wanted = {name: fmt for name, fmt in wanted.items() if fmt is not None}
     cache = scheme.of_cache(index, count)
     inputs, quantizer = calibrate(block, index, structure, stream, wanted, cache)

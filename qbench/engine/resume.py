@@ -65,7 +65,7 @@ class ResumePoint:
         point = self.folder / "point.pt"
         if not point.is_file():
             return 0
-        saved = torch.load(point, weights_only=True, map_location="cpu")
+        saved = torch.load(point, weights_only=True, map_location=device)
         if saved["identity"] != identity:
             self.discard()
             return 0

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from qbench.formats.element import Int
 from qbench.formats.tensor import TensorFormat
 
 Calibration = Literal["minmax", "moving", "histogram"]
 
 
+#: How the head is called in patterns, whatever the model calls it.
+HEAD = "lm_head"
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
-    """Inputs x `[tokens, features]` of the linear layers that multiply quantized weights.
+    """Inputs x `[tokens, features]` of the linear layers in the blocks.
 
     static: scales are fixed before the first evaluation, from calibration text, by `calibration`; otherwise every
     forward fits its own. A format whose scales share a number (NVFP4) gets that one from calibration text either way.
@@ -33,7 +38,9 @@ class InputFormat:
             return self.format.name
         block = {"channel": "token", "column": "channel"}.get(self.format.block.label, self.format.block.label)
         words = [self.format.element.name, block, *(["asym"] if self.format.zero != "none" else [])]
-        return "_".join([*words, *(["static"] if self.static else [])])
+        words += [f"clip{self.format.range.share:g}"] if self.format.range.method == "share" else []
+        words += ["static"] if self.static else []
+        return "_".join([*words, *([self.calibration] if self.calibration != "minmax" else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,10 @@ class CacheFormat:
 
     @property
     def label(self) -> str:
-        return f"{self.key.element.name}_{self.layout}{'_static' if self.static else ''}_r{self.residual}"
+        size = self.value.block.columns if not self.static else 0
+        words = [self.key.element.name, self.layout, *([f"g{size}"] if size else [])]
+        words += ["sym"] if self.key.zero == "none" and isinstance(self.key.element, Int) else []
+        return "_".join([*words, *(["static"] if self.static else []), f"r{self.residual}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,9 @@ class Override:
             return False
         if self.modules is None:
             return block is not None
-        wanted, parts = self.modules.split("."), path.split(".")
+        wanted, parts = self.modules.split("."), path.partition("[")[0].split(".")  # an expert goes by its parameter
+        if block is None and wanted[0] != HEAD:  # outside the blocks nothing is meant by accident
+            return False
         windows = (parts[k : k + len(wanted)] for k in range(len(parts) - len(wanted) + 1))
         return any(all(map(fnmatchcase, window, wanted)) for window in windows)
 
@@ -125,8 +137,9 @@ class Scheme:
 
     @property
     def weights(self) -> frozenset[TensorFormat]:
-        """Every weight format that occurs."""
-        found = {self.weight, *(o.weight for o in self.overrides if "weight" in o.roles)}
+        """Every weight format that occurs inside the blocks."""
+        inside = (o for o in self.overrides if not (o.modules or "").startswith(HEAD))
+        found = {self.weight, *(o.weight for o in inside if "weight" in o.roles)}
         return frozenset(f for f in found if f is not None)
 
     def of_weight(self, path: str, block: int | None, blocks: int) -> TensorFormat | None:

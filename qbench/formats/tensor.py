@@ -69,7 +69,7 @@ class TensorFormat:
     block: Block = Block()
     zero: Zero = "none"
     scale: ScaleFormat = FLOAT16
-    partial: bool = False
+    partial: bool = field(default=False, compare=False)  # what is allowed, not what is computed
     range: RangeFit = field(default_factory=RangeFit)
     name: str | None = field(default=None, compare=False)
 
@@ -77,6 +77,11 @@ class TensorFormat:
     def group_size(self) -> int:
         """Columns per scale; -1 for a whole row, 0 for the whole tensor."""
         return {(0, 0): PER_TENSOR, (1, 0): PER_CHANNEL}.get((self.block.rows, self.block.columns), self.block.columns)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether some but not all rows share a scale: then a group size does not describe it."""
+        return self.block.rows > 1
 
     @property
     def bits(self) -> float:
@@ -98,6 +103,8 @@ class TensorFormat:
             return self.name
         zero = {"none": "sym", "int": "asym", "float": "asym-float"}[self.zero]
         words = [self.element.name, self.block.label, *([zero] if isinstance(self.element, Int) else [])]
+        if isinstance(self.element, Int) and self.symmetric and self.element.reach != "midpoint":
+            words.append(self.element.reach)
         if not isinstance(self.scale, FloatScale):
             words.append(self.scale.name)
         if self.range.method != ("absmean" if self.element.name == "ternary" else "minmax"):

@@ -92,13 +92,14 @@ class AwqScale(Stage):
             changed |= fold.apply(parameters | changed, free)
             for index in _groups(fold):
                 scales[index] = free[fold.channels]
-            refs = view.structure.groups[fold.group].weights
+            refs = [ref for index in _groups(fold) for ref in view.structure.groups[index].weights]
             metrics += [(refs[0].name, "awq_ratio", ratio), (refs[0].name, "awq_loss_vs_rtn", gain)]
         return Outcome(parameters=changed, input_scales=scales, metrics=tuple(metrics))
 
     def _search(self, view: BlockView, fold: Fold) -> tuple[Tensor, float, float]:
         """Free scales [n_free] of the best ratio, that ratio, and its loss relative to ratio 0's (plain rounding)."""
-        groups = [view.structure.groups[index] for index in _groups(fold)]
+        every = [view.structure.groups[index] for index in _groups(fold)]
+        groups = [group for group in every if group.weights]  # the others stay in full precision
         refs = [ref for group in groups for ref in group.weights]
         weights = {ref.name: view.weight(ref).float() for ref in refs}
         salience = _salience(view, groups)
@@ -110,7 +111,7 @@ class AwqScale(Stage):
         formats = {ref.name: _quick(view.format(ref)) for ref in refs}
         calls = _scope_calls(view, groups)
         linear = _is_linear(groups, calls)
-        hessian = view.statistics[fold.group][Hessian].value() if linear else None
+        hessian = view.statistics[groups[0].index][Hessian].value() if linear else None
         losses, candidates = [], []
         for step in range(self.n_grid):
             free = _tie(awq_scale(salience, step / self.n_grid, partner), fold.channels)

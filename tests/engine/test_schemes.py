@@ -197,19 +197,20 @@ def test_inputs_are_quantized_in_front_of_every_linear_layer_and_nowhere_else():
     assert torch.allclose(_nll(model, result.weights, windows), window_nll(naive, windows), rtol=1e-6)
 
 
-def test_the_input_of_a_weight_in_full_precision_stays_what_it_is():
+def test_inputs_are_quantized_whatever_the_weights_are():
+    """W16A6 is a wish of its own: only an override that takes the input's format away does so."""
     model, calibration, windows = _model()
     kept = Override(modules="down_proj", roles=("weight",))
     both = Override(modules="down_proj", roles=("weight", "input"))
-    results = [
-        run_pass(MemorySource(model), _recipe(replace(SCHEMES["inputs"], overrides=(override,))), calibration)
-        for override in (kept, both)
-    ]
-    for result in results:
+    for override, quantized in ((kept, True), (both, False)):
+        scheme = replace(SCHEMES["inputs"], overrides=(override,))
+        result = run_pass(MemorySource(model), _recipe(scheme), calibration)
         names = {name for finished in result.weights.running.values() for name in finished.inputs}
-        assert names
-        assert not any("down_proj" in name for name in names)
-    assert torch.equal(*(_nll(model, result.weights, windows) for result in results))
+        assert any("down_proj" in name for name in names) is quantized
+        assert any("up_proj" in name for name in names)
+    only = run_pass(MemorySource(model), _recipe(Scheme(input=TOKEN)), calibration)
+    assert only.ledger.digests == []
+    assert not torch.allclose(_nll(model, only.weights, windows), window_nll(model, windows), rtol=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +276,24 @@ def test_overrides_choose_weights_and_bits_are_counted_by_hand():
                 assert not torch.equal(own, parameter)
     assert result.ledger.weight_bits == bits
     assert result.ledger.head_bits is None
+
+
+@pytest.mark.parametrize("stages", [("rtn",), ("gptq",), ("awq_scale", "awq_clip", "rtn")])
+@pytest.mark.parametrize("modules", ["experts.gate_up_proj", "q_proj", "self_attn.*"])
+def test_experts_and_parts_of_groups_can_stay_in_full_precision(stages, modules):
+    """A pattern names a parameter; all its experts follow, and folds go on with what is left of a group."""
+    model, config = tiny_model("mixtral")
+    calibration = tokens(config, batch=8, length=14, seed=1)
+    skip = Override(modules=modules, roles=("weight", "input"))
+    result = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4, overrides=(skip,)), *stages), calibration)
+    full = run_pass(MemorySource(model), _recipe(Scheme(weight=INT4), *stages), calibration)
+    names = {digest.split()[1].partition("[")[0] for digest in result.ledger.digests}
+    expected = {digest.split()[1].partition("[")[0] for digest in full.ledger.digests}
+    skipped = {name for name in expected if skip.matches(name, 0, 2)}
+    assert skipped
+    assert names == expected - skipped
+    assert result.ledger.weight_count == full.ledger.weight_count
+    assert result.ledger.weight_bits > full.ledger.weight_bits
 
 
 def test_awq_leaves_what_an_override_skips_and_the_function_alone():

@@ -37,7 +37,8 @@ WIDE_CACHE = CacheFormat(key=EIGHT, value=EIGHT)
 def test_patterns_match_whole_components_that_follow_each_other(pattern, path, expected):
     override = Override(modules=pattern)
     assert override.matches(path, 3, 12) is expected
-    assert override.matches(path, None, 12) is expected
+    assert override.matches(f"{path}[7]", 3, 12) is expected  # one expert of a parameter
+    assert override.matches(path, None, 12) is (expected and pattern.startswith("lm_head"))  # nothing by accident
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_block_numbers_count_from_either_end(blocks, matched):
         found = {block for block in range(12) if override.matches("mlp.down_proj.weight", block, 12)}
         assert found == matched
         # Outside the blocks, only a pattern can be meant.
-        assert override.matches("mlp.down_proj.weight", None, 12) is (blocks is None and modules is not None)
+        assert override.matches("mlp.down_proj.weight", None, 12) is False
 
 
 def test_without_overrides_every_block_has_the_schemes_formats_and_the_head_none():
@@ -90,7 +91,14 @@ def test_the_last_override_that_matches_decides():
 
 
 def test_only_an_override_by_name_quantizes_the_head():
-    for modules, expected in [("lm_head", EIGHT), ("lm_*", EIGHT), ("down_proj", None), (None, None)]:
+    for modules, expected in [
+        ("lm_head", EIGHT),
+        ("lm_head.weight", EIGHT),
+        ("*", None),
+        ("lm_*", None),
+        ("down_proj", None),
+        (None, None),
+    ]:
         scheme = Scheme(weight=FOUR, overrides=(Override(modules=modules, roles=("weight",), weight=EIGHT),))
         assert scheme.of_weight("lm_head.weight", None, 2) == expected
 

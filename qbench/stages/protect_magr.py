@@ -1,0 +1,116 @@
+"""Weight magnitude reduction (MagR, arXiv 2406.00800): smaller maxima, nearly the same output of the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qbench.calibration.statistics import Hessian
+from qbench.errors import NumericsError
+from qbench.formats import TensorFormat
+from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
+
+#: The authors' penalties: one scale per row (or more), and groups of a row.
+PER_CHANNEL, PER_GROUP = 1e-3, 1e-4
+
+
+def prox_max(values: Tensor, alpha: float) -> Tensor:
+    """argmin_u (1/2) ||u - v||² + alpha max|u|, for every v along the last axis; float [..., n], a new tensor.
+
+    It clips v at ±t with Σ_j (|v_j| - t)_+ = alpha, or gives 0 where Σ|v_j| <= alpha: what remains of v when its
+    projection onto the l1 ball of radius alpha is taken off (Moreau; paper, alg. 1). The sum is convex and piecewise
+    linear in t and max|v| - alpha lies left of the root, so Newton's steps climb to it and end exactly there.
+    """
+    size = values.abs()
+    bound = (size.amax(dim=-1, keepdim=True) - alpha).clamp_min_(0)
+    above = torch.full_like(bound, -1)
+    while True:
+        over = size > bound
+        count = over.sum(dim=-1, keepdim=True).to(bound.dtype)
+        if torch.equal(count, above):
+            break
+        above = count
+        total = torch.where(over, size, 0).sum(dim=-1, keepdim=True)
+        # Never back, whatever rounding does: then the counts fall, and the loop ends.
+        bound = torch.maximum(bound, (total - alpha) / count.clamp_min(1))
+    return torch.clamp(values, -bound, bound)
+
+
+def magr(weight: Tensor, hessian: Tensor, fmt: TensorFormat, *, alpha: float, iterations: int = 200) -> Tensor:
+    """U, float32 [out, in]: makes (1/2) tr((U - W) H (U - W)ᵀ) / λ + alpha Σ_blocks max|U| small (eq. 3).
+
+    weight: W, float32 [out, in]. hessian: H = E[x xᵀ] float32 [in, in], λ its largest eigenvalue, so that its overall
+    factor cancels. Blocks are those of `fmt` that share a scale (the authors: rows, or groups of a row). Proximal
+    gradient from W with step 1, which never increases the objective. O(iterations · out · in² + in³).
+    alpha 0, no iterations or inputs that are all 0 give W.
+    """
+    largest = torch.linalg.eigvalsh(hessian)[-1]
+    if largest <= 0:
+        return weight.clone()
+    metric = hessian / largest
+    found = weight
+    for _ in range(iterations):
+        step = torch.addmm(found, found - weight, metric, alpha=-1)
+        found = fmt.unblocks(prox_max(fmt.blocks(step), alpha), weight.shape)
+    return found.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magr(Stage):
+    """MagR on every weight, with the Hessian of the full-precision stream.
+
+    Not a TRANSFORM: those leave the block's function exactly alone, which the engine verifies; this one changes it a
+    little (`magr_output_change`) for smaller ranges. It comes before a SPARSIFY, whose zeros it would fill, and
+    before a RANGE, which must see the weights that it leaves: so it is a PROTECT.
+    """
+
+    name: ClassVar[str] = "magr"
+    kind: ClassVar[Kind] = Kind.PROTECT
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[Need]] = frozenset({Need(Hessian, "full")})
+
+    alpha: float = PER_CHANNEL
+    alpha_group: float = PER_GROUP
+    iterations: int = 200
+
+    def check(self, formats: frozenset[TensorFormat]) -> None:
+        require(0 <= self.iterations <= 10_000, "algo.iterations", self.iterations, "0 to 10000 (authors: 200)")
+        kinds = {_grouped(fmt) for fmt in formats}
+        for grouped, option, value, default, where in (
+            (False, "alpha", self.alpha, PER_CHANNEL, "scales per channel or tensor; groups have algo.alpha_group"),
+            (True, "alpha_group", self.alpha_group, PER_GROUP, "groups; scales per channel or tensor have algo.alpha"),
+        ):
+            require(0 <= value <= 10, f"algo.{option}", value, f"0 to 10 (authors: {default:g})")
+            require(grouped in kinds or value == default or not kinds, f"algo.{option}", value, f"with {where}")
+
+    def apply(self, view: BlockView) -> Outcome:
+        changed: dict[str, Tensor] = {}
+        metrics = []
+        for group in view.groups:
+            hessian = view.statistics[group.index][Hessian].value()
+            if not torch.isfinite(hessian).all():
+                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
+            for ref in group.weights:
+                weight, fmt = view.weight(ref).float(), view.format(ref)
+                alpha = self.alpha_group if _grouped(fmt) else self.alpha
+                found = magr(weight, hessian, fmt, alpha=alpha, iterations=self.iterations)
+                if ref.parameter not in changed:
+                    changed[ref.parameter] = view.block.get_parameter(ref.parameter).detach().clone()
+                ref.of(changed[ref.parameter]).copy_(found)
+                delta = found - weight
+                moved, whole = (delta @ hessian * delta).sum(), (weight @ hessian * weight).sum()
+                before, after = (fmt.blocks(x).abs().amax(dim=-1).sum() for x in (weight, found))
+                metrics += [(ref.name, "magr_output_change", _ratio(moved, whole, 0.0))]
+                metrics += [(ref.name, "magr_range", _ratio(after, before, 1.0))]
+        return Outcome(parameters=changed, metrics=tuple(metrics))
+
+
+def _grouped(fmt: TensorFormat) -> bool:
+    return fmt.block.columns > 0
+
+
+def _ratio(part: Tensor, whole: Tensor, otherwise: float) -> float:
+    return (part / whole).item() if whole > 0 else otherwise
