@@ -48,7 +48,9 @@ def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None
         zero = "none"
         for key in ("zero_point", "reach"):
             if node[key] is not None:
-                raise SpecError(key, node[key], f"only integers have it (format={name} bits={bits})")
+                raise SpecError(
+                    key, node[key], f"format=int of 2 to 8 bits beside it: format={element.name} has no such option"
+                )
         if symmetric is False:
             raise SpecError("symmetric", False, f"true: format={element.name} has no zero point")
     scale = choice("scale_dtype", node["scale_dtype"] or "float16", SCALES)
