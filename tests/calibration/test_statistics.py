@@ -1,13 +1,14 @@
-"""Statistics are sums over tokens: of no order, of no batching, and they follow a rescaled input exactly."""
+"""Statistics are sums and maxima over tokens: of no order, of no batching, and they follow a rescaled input exactly."""
 
 import pytest
 import torch
 
-from qbench.calibration.statistics import AbsMean, Hessian
+from qbench.calibration.statistics import AbsMax, AbsMean, Hessian
 
 KINDS = {
     Hessian: lambda x: (x.double().t() @ x.double()) / len(x),
     AbsMean: lambda x: x.double().abs().mean(0),
+    AbsMax: lambda x: x.double().abs().amax(0),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -31,7 +32,7 @@ def _close(found, expected):
 
 
 @every_kind
-def test_value_is_the_mean_over_tokens(kind):
+def test_value_is_the_definition_over_all_tokens(kind):
     x = _inputs()
     found = _statistic(kind, x)
     assert found.tokens == 60

@@ -1,6 +1,6 @@
 """Pipelines from plain options: what is legal, what is refused, and what ends up in a run's key."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import permutations
 
 import pytest
@@ -15,6 +15,7 @@ from qbench.stages.pipeline import Pipeline, build_pipeline, stage_types
 SCALE, CLIP, RTN, GPTQ = ({"stage": name} for name in ("awq_scale", "awq_clip", "rtn", "gptq"))
 GROUPED = frozenset({uniform(bits=4, group_size=8, symmetric=False)})
 PER_CHANNEL = frozenset({uniform(bits=4, group_size=-1, symmetric=False)})
+STAGES = "awq_clip, awq_scale, gptq, hqq, magr, rtn, smoothquant"
 
 
 def _key(nodes):
@@ -30,8 +31,8 @@ def test_every_stage_is_found_and_is_a_frozen_value_with_defaults():
         assert stage.name == name
         assert stage.version >= 1
         assert kind.options() == {f.name: getattr(stage, f.name) for f in fields(stage)}
-        stage.check(GROUPED)
-        stage.check(PER_CHANNEL)
+        for formats in (GROUPED, PER_CHANNEL):
+            stage.check(frozenset(replace(fmt, zero="float") for fmt in formats) if name == "hqq" else formats)
         assert stage == kind()
         assert hash(stage) == hash(kind())
         for option in kind.options():
@@ -83,8 +84,8 @@ def test_disabled_stages_are_left_out():
 
 
 REFUSED = [
-    ({"stage": "smoothquant"}, "awq_clip, awq_scale, gptq, rtn"),
-    ({}, "awq_clip, awq_scale, gptq, rtn"),
+    ({"stage": "smooth"}, STAGES),
+    ({}, STAGES),
     ({"stage": "gptq", "dampp": 0.1}, "options of gptq: act_order, block_size, damp"),
     ({"stage": "gptq", "block_size": 1.5}, "must be an integer"),
     ({"stage": "gptq", "block_size": True}, "must be an integer"),

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from qbench.calibration.statistics import AbsMean, Hessian
+from qbench.calibration.statistics import AbsMax, AbsMean, Hessian
 from qbench.engine.passes import StructureCache, embed
 from qbench.engine.probe import Probe
 from qbench.engine.source import MemorySource
@@ -34,7 +34,7 @@ def _view(name="llama", *, group_size=8, symmetric=False, clipped=()):
     stream = embed(source, model, calibration, calibration[:2])
     probe = Probe.observe(block, 0, stream, [0, 1])
     statistics = {
-        group.index: {kind: kind(group.in_features, torch.device("cpu")) for kind in (Hessian, AbsMean)}
+        group.index: {kind: kind(group.in_features, torch.device("cpu")) for kind in (Hessian, AbsMean, AbsMax)}
         for group in structure.groups
     }
 
@@ -65,7 +65,7 @@ def _view(name="llama", *, group_size=8, symmetric=False, clipped=()):
 def _state(view):
     """Everything in a view that a stage could spoil."""
     statistics = {
-        (index, kind.__name__): (s.total.clone(), s.tokens)
+        (index, kind.__name__): (s.value().clone(), s.tokens)
         for index, kinds in view.statistics.items()
         for kind, s in kinds.items()
     }
