@@ -44,6 +44,9 @@ class Pipeline:
             raise SpecError("algo.pipeline", names, f"stages in the order {order}")
         if self.stages and kinds.count(Kind.ROUND) != 1:
             raise SpecError("algo.pipeline", names, "exactly one stage that rounds, such as rtn or gptq")
+        behind = [stage.name for stage in self.stages if any(need.stream == "quantized" for need in stage.needs)]
+        if len(behind) > 1:  # each would push that stream through the block once more
+            raise SpecError("algo.pipeline", names, f"one stage at most behind quantized groups; {behind} are")
 
     def needs(self, stream: StreamName) -> frozenset[type]:
         """Statistics wanted on one stream."""

@@ -1,7 +1,8 @@
 """Pipelines from plain options: what is legal, what is refused, and what ends up in a run's key."""
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from itertools import permutations
+from typing import ClassVar
 
 import pytest
 
@@ -9,7 +10,7 @@ from qbench.calibration.statistics import AbsMean, Hessian
 from qbench.errors import SpecError
 from qbench.formats import uniform
 from qbench.spec import ModelSpec, RunSpec
-from qbench.stages.base import Kind, Stage
+from qbench.stages.base import Kind, Need, Outcome, Stage
 from qbench.stages.pipeline import Pipeline, build_pipeline, stage_types
 
 SCALE, CLIP, RTN, GPTQ = ({"stage": name} for name in ("awq_scale", "awq_clip", "rtn", "gptq"))
@@ -54,6 +55,24 @@ def test_stages_come_in_the_order_of_their_kinds(nodes):
 def test_exactly_one_stage_rounds(nodes):
     with pytest.raises(SpecError, match="exactly one stage that rounds"):
         build_pipeline(nodes)
+
+
+def test_the_quantized_stream_goes_through_a_block_once():
+    """A second stage that needs it would push it on a second time."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Protecting(Stage):
+        name: ClassVar[str] = "protecting"
+        kind: ClassVar[Kind] = Kind.PROTECT
+        version: ClassVar[int] = 1
+        needs: ClassVar[frozenset[Need]] = frozenset({Need(Hessian, "quantized")})
+
+        def apply(self, view):
+            return Outcome()
+
+    Pipeline((Protecting(), *build_pipeline([RTN]).stages))
+    with pytest.raises(SpecError, match=r"algo.pipeline=protecting\+gptq: one stage at most behind quantized"):
+        Pipeline((Protecting(), *build_pipeline([GPTQ]).stages))
 
 
 def test_the_empty_pipeline_is_the_baseline():
