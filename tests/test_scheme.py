@@ -337,3 +337,11 @@ def test_building_changes_no_configuration():
     before = copy.deepcopy(values)
     build_scheme(values)
     assert values == before
+
+
+def test_every_named_scheme_fits_the_default_model():
+    """576 and 1536 inputs: 128 does not divide the former, so that scheme has to allow a rest."""
+    for name in SCHEMES:
+        scheme = _build(scheme=name)
+        for fmt in (scheme.weight, scheme.input and scheme.input.format):
+            assert fmt is None or (fmt.fits(576, 576) and fmt.fits(1536, 576)), name
