@@ -84,6 +84,9 @@ class RunSpec:
         values = asdict(self)
         for stage in values["pipeline"]:
             stage["options"] = dict(stage["options"])
+        if self.scheme is not None:
+            for override, fields_ in zip(self.scheme.overrides, values["scheme"]["overrides"], strict=True):
+                fields_["label"] = override.label
         return values
 
 

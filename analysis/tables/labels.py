@@ -101,7 +101,9 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
     In a list, an item with a name goes by it, and [name, value] is an option; others go by their position.
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and "label" in value and ".overrides." in path:
+        yield f"{path}.override", value["label"]
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}")
     elif isinstance(value, list | tuple):

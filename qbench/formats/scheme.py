@@ -93,6 +93,18 @@ class Override:
     input: InputFormat | None = None
     cache: CacheFormat | None = None
 
+    @property
+    def label(self) -> str:
+        """Such as `down_proj:int8_g64_asym` or `blocks 0,-1:skip`."""
+        where = [self.modules] if self.modules is not None else []
+        where += [f"blocks {','.join(map(str, self.blocks))}"] if self.blocks is not None else []
+        formats = {"weight": self.weight, "input": self.input, "cache": self.cache}
+        prefixes = {"weight": "", "input": "act-", "cache": "kv-"}
+        what = [prefixes[r] + (formats[r].label if formats[r] is not None else "float") for r in self.roles]
+        if self.roles == ("weight", "input") and self.weight is self.input is None:
+            what = ["skip"]
+        return f"{' '.join(where)}:{'+'.join(what)}"
+
     def matches(self, path: str, block: int | None, blocks: int) -> bool:
         """Whether it is about the module or weight at `path` ("mlp.down_proj.weight") of block number `block` (None:
         outside the blocks) of `blocks`."""

@@ -138,3 +138,14 @@ def test_caches_are_overridden_by_block():
 def test_a_scheme_knows_what_it_needs(scheme, needs_data, at_run_time):
     assert scheme.needs_data is needs_data
     assert scheme.at_run_time is at_run_time
+
+
+def test_labels_of_overrides_say_where_and_what():
+    every = [
+        (Override(modules="down_proj", roles=("weight",), weight=EIGHT), f"down_proj:{EIGHT.label}"),
+        (Override(blocks=(0, -1), roles=("weight", "input")), "blocks 0,-1:skip"),
+        (Override(modules="q_proj", blocks=(2,), roles=("input",)), "q_proj blocks 2:act-float"),
+        (Override(blocks=(1,), roles=("cache",), cache=CACHE), f"blocks 1:kv-{CACHE.label}"),
+    ]
+    for override, label in every:
+        assert override.label == label
