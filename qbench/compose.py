@@ -97,6 +97,8 @@ def freeze(config: DictConfig) -> Point:
     calibration_spec, calibration = _calibration(values["calib"], needs_data)
     dtype = choice("dtype", values["dtype"], DTYPES)
     export = _export(values["export"])
+    if export is not None and pipeline.stages and not scheme.weights and not scheme.overrides:
+        raise SpecError("export", "hf", "quantized weights: what is quantized at run time is not in a checkpoint")
     batch = values["eval"]["batch"]
     resume_s = values["resume_s"]
     if isinstance(resume_s, bool) or not isinstance(resume_s, (int, float)) or resume_s < 0:

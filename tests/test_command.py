@@ -106,6 +106,8 @@ REFUSED = [
     (["algo=awq", "algo.max_shrink=1.5"], ["algo.max_shrink=1.5", "between 0 and 1"]),
     (["algo=awq", "algo.n_grid=0"], ["algo.n_grid=0", ">= 1"]),
     (["algo=[a"], ["algo=[a"]),
+    (["algo=rtn", "scheme=kv4", "export=hf", "export.path=x"], ["export=hf", "quantized weights"]),
+    (["algo=rtn", "format=none"], ["format=none", "algo=none"]),
     (["export=hf"], ["export.path=None", "folder"]),
     (["export.path=x"], ["export.path=x", "export=hf"]),
     (["-m", "export=hf", "export.path=x", "bits=3,4"], ["export.path=x", "folder per point"]),

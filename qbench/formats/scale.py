@@ -65,8 +65,8 @@ class ScaleFormat(ABC):
         return None
 
     def value(self, codes: Tensor, outer: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        """float32 [rows, groups] from what was stored."""
-        raise NotImplementedError(f"{self.name} scales have no codes")
+        """float32 [rows, groups] from what was stored: itself, unless codes stand for it."""
+        return codes.float()
 
 
 @dataclass(frozen=True)
