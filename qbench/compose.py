@@ -89,7 +89,7 @@ def freeze(config: DictConfig) -> Point:
         raise SpecError("algo", values["algo"]["name"], "rtn or another algorithm: inputs or cache are to be quantized")
     if pipeline.stages and not scheme.weights and not scheme.at_run_time and not scheme.overrides:
         raise SpecError("format", "none", "something to quantize (format, act_bits, kv_bits), or algo=none")
-    pipeline.check(scheme.weights)
+    pipeline.check(scheme.weights, scheme)
     device = _device(values["device"])
     source = choice("source", values["source"], SOURCES)
     evaluations, corpora = _evaluations(values["eval"], source)

@@ -4,7 +4,7 @@ stages say what they need and what they changed."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from qbench.calibration.statistics import Hessian, Statistic
 from qbench.engine.activations import InputQuantizer
 from qbench.engine.kv import CacheQuantizer
+from qbench.engine.layer_metrics import layer_metrics
+from qbench.engine.partners import Partners
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.runtime import Runtime, calibrate
 from qbench.engine.streams import Stream
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.formats.scheme import Scheme
-from qbench.stages.base import BlockView, Kind, Outcome, ScopeCall, Stage
+from qbench.stages.base import BlockData, BlockView, Kind, Outcome, ScopeCall, Stage
 from qbench.stages.pipeline import Pipeline
+from qbench.structure.blocks import BlockCall
 from qbench.structure.trace import BlockStructure, LinearGroup
 
 #: Largest relative change of a block's output that a transform may cause, by compute dtype.
@@ -40,12 +43,19 @@ class Recipe:
 
     @property
     def needs_quantized(self) -> bool:
-        """Whether it looks at the stream behind quantized blocks: to round, or to calibrate run-time ranges."""
-        return bool(self.pipeline.needs("quantized")) or self.scheme.needs_data
+        """Whether it looks at the stream behind quantized blocks: to round, to learn, or to calibrate run-time
+        ranges."""
+        return bool(self.pipeline.needs("quantized")) or self.pipeline.trains or self.scheme.needs_data
 
     @property
     def needs_full(self) -> bool:
-        return bool(self.pipeline.needs("full")) or self.pipeline.scope_tokens > 0
+        pipeline = self.pipeline
+        return bool(pipeline.needs("full")) or pipeline.scope_tokens > 0 or pipeline.trains or self.pairs
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a statistic of the quantized stream also looks at the full-precision one's inputs."""
+        return any(getattr(statistic, "paired", False) for statistic in self.pipeline.needs("quantized"))
 
 
 @dataclass
@@ -85,54 +95,52 @@ def quantize_block(
 
     Full-precision stream first: one trip gives its statistics and its next hidden states. Then the stages in order;
     before the first that rounds, the ranges of what is quantized at run time are calibrated on the (transformed) block;
-    a stage that needs the quantized stream settles group by group inside the one trip that also advances it.
+    a stage that needs the quantized stream settles group by group inside the one trip that also advances it; stages
+    that learn see what enters the block on both streams. A stage after rounding makes the quantized stream take the
+    block again.
     """
     check_finite(block, f"block {index}")
-    scheme, pipeline = recipe.scheme, recipe.pipeline
-    refs = [ref for group in structure.groups for ref in group.weights]
-    formats = {ref.name: scheme.of_weight(ref.name, index, count) for ref in refs}
-    work = _Work(block, _quantized_part(structure, formats), index, recipe, formats)
+    pipeline = recipe.pipeline
+    work = _Work(block, structure, index, count, recipe, streams)
     if streams.full is not None:
-        probes = pipeline.stages[0].kind == Kind.TRANSFORM or pipeline.scope_tokens > 0
-        if probes:
-            length = streams.full.chunks[0].shape[1]
-            total = sum(chunk.shape[0] for chunk in streams.full.chunks)
-            sequences = evenly_spaced(pipeline.scope_tokens // length, total)
-            work.probe = Probe.observe(block, index, streams.full, sequences)
-            work.scopes = work.probe.scopes(block, structure) if pipeline.scope_tokens else {}
-        work.collect(pipeline.needs("full"))
-        started = time.perf_counter()
-        streams.full.observe(block, index, structure, work.observe)
-        work.metrics.append(("", "full_stream_s", time.perf_counter() - started))
-    run_time, advanced = None, False
+        work.follow_full()
+    again = any(stage.trains or stage.kind == Kind.RECONSTRUCT for stage in pipeline.stages)
+    behind = streams.quantized.copy() if again else None
+    advanced = False
     for stage in pipeline.stages:
         started = time.perf_counter()
-        if stage.kind >= Kind.ROUND and run_time is None:
-            run_time = _calibrate(block, structure, index, count, scheme, formats, streams.quantized)
-        if any(need.stream == "quantized" for need in stage.needs):
+        if stage.kind == Kind.ROTATE:  # the source hands out rotated blocks
+            continue
+        if stage.kind >= Kind.ROUND and work.run_time is None:
+            work.run_time = work.calibrated()
+        if stage.kind == Kind.ROUND and any(need.stream == "quantized" for need in stage.needs):
             work.collect(pipeline.needs("quantized"))
             streams.quantized.settle(
                 block,
                 index,
                 work.structure,
-                work.observe,
+                work.observe_quantized,
                 lambda group, stage=stage: work.apply(stage, (group,)),
-                run_time.runtime(),
+                work.run_time.runtime(),
             )
             advanced = True
-        elif stage.kind == Kind.ROUND:
+        elif stage.kind == Kind.ROUND and not stage.trains:
             for group in work.structure.groups:
                 work.apply(stage, (group,))
         else:
-            work.apply(stage, work.structure.groups)
-            if stage.kind == Kind.TRANSFORM:
-                work.guard(stage)
+            work.apply(stage, work.structure.groups, behind)
+            advanced = advanced and stage.kind != Kind.RECONSTRUCT
         work.metrics.append(("", f"{stage.name}_s", time.perf_counter() - started))
     if streams.quantized is not None and not advanced:
-        streams.quantized.advance(block, index, run_time.runtime())
+        if behind is not None:
+            streams.quantized.chunks = list(behind.chunks)
+        streams.quantized.advance(block, index, work.run_time.runtime())
+    if streams.quantized is not None and streams.full is not None:
+        work.metrics.append(("", "stream_error", _stream_error(streams.quantized, streams.full)))
     work.metrics += [("", f"{name}_s", seconds) for name, seconds in work.seconds.items()]
-    unquantized = sum(ref.out_features * ref.in_features for ref in refs if formats[ref.name] is None)
-    return replace(run_time, codes=work.codes, metrics=tuple(work.metrics), unquantized=unquantized)
+    refs = [ref for group in structure.groups for ref in group.weights]
+    unquantized = sum(ref.out_features * ref.in_features for ref in refs if work.formats[ref.name] is None)
+    return replace(work.run_time, codes=work.codes, metrics=tuple(work.metrics), unquantized=unquantized)
 
 
 def _quantized_part(structure: BlockStructure, formats: Mapping[str, TensorFormat | None]) -> BlockStructure:
@@ -144,23 +152,6 @@ def _quantized_part(structure: BlockStructure, formats: Mapping[str, TensorForma
     return replace(structure, groups=groups)
 
 
-def _calibrate(
-    block: nn.Module,
-    structure: BlockStructure,
-    index: int,
-    count: int,
-    scheme: Scheme,
-    names: Iterable[str],
-    stream: Stream | None,
-) -> FinishedBlock:
-    """What is quantized while the block runs: the inputs of its weights `names`, its cache."""
-    wanted = {name: scheme.of_input(name, index, count) for name in names}
-    wanted = {name: fmt for name, fmt in wanted.items() if fmt is not None}
-    cache = scheme.of_cache(index, count)
-    inputs, quantizer = calibrate(block, index, structure, stream, wanted, cache)
-    return FinishedBlock(index, block, structure, inputs=inputs, cache=quantizer)
-
-
 def check_finite(block: nn.Module, where: str) -> None:
     """Raises NumericsError for a parameter with NaN or infinity."""
     for name, parameter in block.named_parameters():
@@ -170,23 +161,57 @@ def check_finite(block: nn.Module, where: str) -> None:
 
 @dataclass
 class _Work:
-    """What accumulates while one block goes through its stages."""
+    """What accumulates while one block goes through its stages. structure: without the weights that stay in full
+    precision; whole: with them."""
 
     block: nn.Module
-    structure: BlockStructure
+    whole: BlockStructure
     index: int
+    count: int
     recipe: Recipe
-    formats: Mapping[str, TensorFormat | None]
+    streams: Streams
     probe: Probe | None = None
+    run_time: FinishedBlock | None = None
+    full_inputs: tuple[Tensor, ...] = ()
     scopes: Mapping[int, tuple[ScopeCall, ...]] = field(default_factory=dict)
     statistics: dict[int, dict[type, Statistic]] = field(default_factory=dict)
+    partners: Partners | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
     codes: dict[str, QTensor] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        scheme = self.recipe.scheme
+        names = [ref.name for group in self.whole.groups for ref in group.weights]
+        self.formats = {name: scheme.of_weight(name, self.index, self.count) for name in names}
+        inputs = {name: scheme.of_input(name, self.index, self.count) for name in names}
+        self.inputs = {name: fmt for name, fmt in inputs.items() if fmt is not None}
+        self.structure = _quantized_part(self.whole, self.formats)
         self.generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.index)
+
+    def follow_full(self) -> None:
+        """One trip of the full-precision stream: its statistics, a sample to search on and to guard transforms."""
+        pipeline, stream = self.recipe.pipeline, self.streams.full
+        if pipeline.transforms or pipeline.scope_tokens > 0:
+            length = stream.chunks[0].shape[1]
+            total = sum(chunk.shape[0] for chunk in stream.chunks)
+            sequences = evenly_spaced(pipeline.scope_tokens // length, total)
+            self.probe = Probe.observe(self.block, self.index, stream, sequences)
+            self.scopes = self.probe.scopes(self.block, self.structure) if pipeline.scope_tokens else {}
+        self.collect(pipeline.needs("full"))
+        self.partners = Partners() if self.recipe.pairs else None
+        self.full_inputs = tuple(stream.chunks) if pipeline.trains else ()
+        started = time.perf_counter()
+        stream.observe(self.block, self.index, self.structure, self.observe_full)
+        self.metrics.append(("", "full_stream_s", time.perf_counter() - started))
+
+    def calibrated(self) -> FinishedBlock:
+        """What is quantized while the block, as it is now, runs: the inputs of its weights, its cache."""
+        cache = self.recipe.scheme.of_cache(self.index, self.count)
+        stream = self.streams.quantized
+        inputs, quantizer = calibrate(self.block, self.index, self.whole, stream, self.inputs, cache)
+        return FinishedBlock(self.index, self.block, self.whole, inputs=inputs, cache=quantizer)
 
     def collect(self, wanted: frozenset[type]) -> None:
         """Start fresh statistics for every group."""
@@ -197,14 +222,29 @@ class _Work:
             if group.weights
         }
 
-    def observe(self, group: LinearGroup, x: Tensor) -> None:
+    def observe_full(self, group: LinearGroup, x: Tensor) -> None:
+        if self.partners is not None and group.weights:
+            self.partners.keep(group.index, x)
+        self._observe(group, x, None)
+
+    def observe_quantized(self, group: LinearGroup, x: Tensor) -> None:
+        partner = None
+        if self.partners is not None and group.weights:
+            partner = self.partners.take(group.index, x, f"block {self.index}, {group.weights[0].name}")
+        self._observe(group, x, partner)
+
+    def _observe(self, group: LinearGroup, x: Tensor, partner: Tensor | None) -> None:
         started = time.perf_counter()
         for statistic in self.statistics.get(group.index, {}).values():
-            statistic.update(x)
+            if getattr(statistic, "paired", False):
+                statistic.update(x, partner)
+            else:
+                statistic.update(x)
         self._spent("statistics", started)
 
-    def apply(self, stage: Stage, groups: tuple[LinearGroup, ...]) -> None:
-        """Show the stage its groups, install what it decided, and measure what rounding did to each layer."""
+    def apply(self, stage: Stage, groups: tuple[LinearGroup, ...], behind: Stream | None = None) -> None:
+        """Show the stage its groups, install what it decided, and measure what that did to each layer. behind: the
+        quantized stream as it enters the block, for stages that learn."""
         groups = tuple(group for group in groups if group.weights)
         if not groups:
             return
@@ -219,49 +259,76 @@ class _Work:
             ranges=self.ranges,
             statistics=self.statistics,
             scopes=self.scopes,
+            inputs=self.inputs,
+            data=self._data(behind) if stage.trains else None,
             generator=self.generator,
+            index=self.index,
+            count=self.count,
             where=f"block {self.index}",
         )
         started = time.perf_counter()
         outcome = stage.apply(view)
-        self._spent(f"{stage.name}_solve", started)
+        spent = self._spent(f"{stage.name}_solve", started)
         started = time.perf_counter()
         if stage.kind == Kind.ROUND:
-            for group in groups:
-                self._measure(group, outcome)
+            self.metrics += layer_metrics(self.block, groups, outcome, self.statistics, spent)
         self._install(outcome)
+        if stage.kind == Kind.TRANSFORM or (stage.transforms and outcome.parameters):
+            self.guard(stage)
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
             for group in groups:
                 self.statistics.pop(group.index, None)
         self._spent("install", started)
 
-    def _spent(self, name: str, started: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+    def _data(self, behind: Stream) -> BlockData:
+        from qbench.engine.student import make_student
+
+        run_time = self.run_time or self.calibrated()
+
+        def call_of(hidden: Tensor) -> BlockCall:
+            return behind.call(self.index, hidden)
+
+        def teacher(hidden: Tensor) -> Tensor:
+            with torch.no_grad():
+                return call_of(hidden)(self.block, hidden)
+
+        return BlockData(
+            inputs=tuple(behind.chunks),
+            full_inputs=self.full_inputs,
+            targets=tuple(self.streams.full.chunks),
+            student=make_student(self.block, self.whole, run_time.inputs, run_time.cache, call_of),
+            teacher=teacher,
+        )
+
+    def _spent(self, name: str, started: float) -> float:
+        spent = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        return spent
 
     def _install(self, outcome: Outcome) -> None:
         for path, value in outcome.parameters.items():
             self.block.get_parameter(path).data.copy_(value)
+        groups = {group.index: group for group in self.whole.groups}
         for group, scale in outcome.input_scales.items():
             kept = self.statistics.get(group, {})
             self.statistics[group] = {k: s.rescaled(scale) for k, s in kept.items()}
+            if self.partners is not None:
+                self.partners.change(group, lambda x, scale=scale: x / scale)
+        for group, transform in outcome.online.items():
+            from qbench.structure.online import attach
+
+            for owner in dict.fromkeys(ref.owner for ref in groups[group].weights):
+                attach(self.block, owner, transform)
+            kept = self.statistics.get(group, {})
+            self.statistics[group] = {Hessian: kept[Hessian].transformed(transform)} if Hessian in kept else {}
+            if self.partners is not None:
+                self.partners.change(group, transform)
         refs = {ref.name: ref for group in self.structure.groups for ref in group.weights}
         for name, codes in outcome.codes.items():
             refs[name].write(self.block, codes.dequantize())
         self.ranges |= outcome.ranges
         self.codes |= outcome.codes
         self.metrics += outcome.metrics
-
-    def _measure(self, group: LinearGroup, outcome: Outcome) -> None:
-        """Relative squared errors of each weight and, with a Hessian, of its output E‖Δx‖² / E‖Wx‖²."""
-        statistic = self.statistics.get(group.index, {}).get(Hessian)
-        hessian = statistic.value() if statistic is not None and statistic.tokens else None
-        for ref in group.weights:
-            weight = ref.read(self.block).float()
-            delta = outcome.codes[ref.name].dequantize() - weight
-            self.metrics.append((ref.name, "weight_error", _ratio(delta.square().sum(), weight.square().sum())))
-            if hessian is not None:
-                changed, whole = (delta @ hessian * delta).sum(), (weight @ hessian * weight).sum()
-                self.metrics.append((ref.name, "output_error", _ratio(changed, whole)))
 
     def guard(self, stage: Stage) -> None:
         """Raises NumericsError unless the transformed block still computes the full-precision function."""
@@ -275,5 +342,8 @@ class _Work:
             )
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return (part / whole.clamp_min(torch.finfo(whole.dtype).tiny)).item()
+def _stream_error(quantized: Stream, full: Stream) -> float:
+    """Relative squared distance of the two streams behind the block, over all calibration tokens."""
+    pairs = list(zip(quantized.chunks, full.chunks, strict=True))
+    change = sum((q.float() - f.float()).square().sum(dtype=torch.float64).item() for q, f in pairs)
+    return change / max(sum(f.float().square().sum(dtype=torch.float64).item() for _, f in pairs), 1e-38)

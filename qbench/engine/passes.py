@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,6 @@ from qbench.engine.source import Source
 from qbench.engine.streams import Stream, chunked
 from qbench.formats import QTensor, quantize
 from qbench.formats.scheme import Scheme
-from qbench.stages.base import Kind
 from qbench.structure.blocks import BlockCall, capture_calls
 from qbench.structure.folds import find_folds
 from qbench.structure.trace import BlockStructure, trace_block
@@ -77,13 +76,15 @@ def run_pass(
         sample = torch.arange(16).remainder(model.config.get_text_config().vocab_size).view(2, 8).to(source.device)
         sample_hidden, sample_calls = capture_calls(model, sample)
         if recipe is not None and (recipe.needs_full or recipe.needs_quantized):
-            probed = evenly_spaced(pipeline.scope_tokens // calibration.shape[1], calibration.shape[0])
-            stream = embed(source, model, calibration, calibration[probed])
+            n, length = calibration.shape
+            probed = len(evenly_spaced(pipeline.scope_tokens // length, n))
+            batches = {min(size, n) for size in pipeline.batch_sizes}
+            stream = embed(source, model, calibration, {probed, *batches, *(n % size for size in batches)} - {0})
             streams.full = stream if recipe.needs_full else None
             streams.quantized = stream.copy() if recipe.needs_quantized else None
         followers = tuple(embed(source, model, windows) for windows in evaluations)
 
-    transforms = pipeline is not None and any(stage.kind == Kind.TRANSFORM for stage in pipeline.stages)
+    transforms = pipeline is not None and pipeline.transforms
     ledger, weights = Ledger(), Weights(source.prefix)
     moving = [stream for stream in (streams.full, streams.quantized, *followers) if stream is not None]
     first = 0
@@ -128,13 +129,14 @@ def quantized_head(source: Source, scheme: Scheme) -> QTensor | None:
         return quantize(model.get_output_embeddings().weight.detach().float(), fmt)
 
 
-def embed(source: Source, model: nn.Module, windows: Tensor, probed: Tensor | None = None) -> Stream:
-    """Stream of token windows [n, length]; how blocks are called on `probed` windows at once is captured along."""
+def embed(source: Source, model: nn.Module, windows: Tensor, batches: Iterable[int] = ()) -> Stream:
+    """Stream of token windows [n, length]; how blocks are called on so many windows at once is captured along."""
     chunks, calls = [], {}
     for tokens in chunked(windows):
         hidden, of_blocks = capture_calls(model, tokens.to(source.device))
         chunks.append(hidden)
         calls.setdefault(tuple(tokens.shape), of_blocks)
-    if probed is not None and tuple(probed.shape) not in calls:
-        calls[tuple(probed.shape)] = capture_calls(model, probed.to(source.device))[1]
+    for tokens in (windows[:size] for size in batches):
+        if tuple(tokens.shape) not in calls:
+            calls[tuple(tokens.shape)] = capture_calls(model, tokens.to(source.device))[1]
     return Stream(chunks, calls)

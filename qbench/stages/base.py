@@ -8,10 +8,10 @@ have the same shape: `view.groups` says what the call is about.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 from qbench.calibration.statistics import Statistic
 from qbench.errors import SpecError
 from qbench.formats import QTensor, Range, TensorFormat
+from qbench.formats.scheme import InputFormat, Scheme
 from qbench.structure.trace import BlockStructure, LinearGroup
 from qbench.structure.weights import WeightRef
+
+if TYPE_CHECKING:
+    from qbench.structure.online import InputTransform
 
 StreamName = Literal["full", "quantized"]
 
 
 class Kind(IntEnum):
-    """Legal order of stages in a pipeline."""
+    """Legal order of stages in a pipeline. ROTATE acts on the whole model, before any hidden state is computed."""
 
+    ROTATE = 0
     TRANSFORM = 1
     PROTECT = 2
     SPARSIFY = 3
@@ -56,11 +61,33 @@ class ScopeCall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockData:
+    """The calibration sequences at one block, for stages that learn.
+
+    inputs: chunks [sequences, length, hidden] that enter the block on the quantized stream; full_inputs: the same on
+    the full-precision stream; targets: what the untouched block makes of full_inputs. student(parameters, hidden): the
+    block's output with `parameters` (by path; the others as they are) in place of its own and with everything that is
+    quantized at run time quantized, differentiable straight through the rounding. teacher(hidden): the current block's
+    output in full precision, without gradients. `hidden` holds the stage's `batch` sequences, a remainder of that, or
+    a chunk: masks and positions are known for those shapes. report(step, steps, loss) shows progress.
+    """
+
+    inputs: tuple[Tensor, ...]
+    full_inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    student: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    teacher: Callable[[Tensor], Tensor]
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockView:
     """What a stage may look at. `block` holds the current (transformed, partly quantized) parameters: read only.
 
     statistics: by group index, then type, already transformed along with the weights. scopes: by group index, the
     calls of the group's scope modules, captured before any transformation; only if a stage asks (`scope_tokens`).
+    inputs: by weight name, how the weight's input is quantized at run time; absent where it is not. data: only for
+    stages that learn (`trains`). index, count: which block it is, of how many.
     """
 
     block: nn.Module
@@ -70,7 +97,11 @@ class BlockView:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     statistics: Mapping[int, Mapping[type, Statistic]] = field(default_factory=dict)
     scopes: Mapping[int, tuple[ScopeCall, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, InputFormat] = field(default_factory=dict)
+    data: BlockData | None = None
     generator: torch.Generator | None = None
+    index: int = 0
+    count: int = 1
     where: str = ""
 
     def weight(self, ref: WeightRef) -> Tensor:
@@ -84,11 +115,13 @@ class BlockView:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a stage decided. parameters: changed full-precision parameters of the block by path. input_scales: by
-    group, the vector [in] by which the group's input is now divided. ranges, codes: by weight name. metrics:
-    (module, name, value) for the layer metrics."""
+    group, the vector [in] by which the group's input is now divided. online: by group, what the group's input goes
+    through from now on, whenever the block runs. ranges, codes: by weight name. metrics: (module, name, value) for the
+    layer metrics."""
 
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     input_scales: Mapping[int, Tensor] = field(default_factory=dict)
+    online: Mapping[int, InputTransform] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)
     codes: Mapping[str, QTensor] = field(default_factory=dict)
     metrics: tuple[tuple[str, str, float], ...] = ()
@@ -98,7 +131,9 @@ class Outcome:
 class Stage(ABC):
     """Base of all stages: hyperparameters as fields with the authors' defaults; `name` is how a pipeline calls it.
 
-    version: raise it when the same options give other numbers; it is part of every run's key.
+    version: raise it when the same options give other numbers; it is part of every run's key. transforms: whether a
+    stage of another kind than TRANSFORM also moves scales through folds: then the engine proves that the block still
+    computes its function. trains: whether it learns from `view.data`.
     """
 
     name: ClassVar[str]
@@ -106,6 +141,18 @@ class Stage(ABC):
     version: ClassVar[int]
     needs: ClassVar[frozenset[Need]]
     uses_random: ClassVar[bool] = False
+    transforms: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+
+    @property
+    def online(self) -> bool:
+        """Whether inputs of linear layers go through something else at run time, which no plain checkpoint can say."""
+        return False
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per minibatch of a stage that learns."""
+        return 1
 
     @property
     def scope_tokens(self) -> int:
@@ -114,6 +161,9 @@ class Stage(ABC):
 
     def check(self, formats: frozenset[TensorFormat]) -> None:  # noqa: B027 - many stages accept everything
         """Raises SpecError for options or formats that the stage cannot serve; called before any weights load."""
+
+    def check_scheme(self, scheme: Scheme) -> None:  # noqa: B027 - most stages look at weights only
+        """Raises SpecError for formats of inputs or cache that the stage cannot serve; called right after `check`."""
 
     @abstractmethod
     def apply(self, view: BlockView) -> Outcome:

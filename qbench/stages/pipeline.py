@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 from typing import get_args, get_origin, get_type_hints
 
 import qbench.stages
+from qbench.calibration.statistics import Hessian
 from qbench.errors import SpecError
 from qbench.formats import TensorFormat
+from qbench.formats.scheme import Scheme
 from qbench.spec import StageSpec
 from qbench.stages.base import Kind, Need, Stage, StreamName
 
@@ -44,6 +46,17 @@ class Pipeline:
             raise SpecError("algo.pipeline", names, f"stages in the order {order}")
         if self.stages and kinds.count(Kind.ROUND) != 1:
             raise SpecError("algo.pipeline", names, "exactly one stage that rounds, such as rtn or gptq")
+        for name in {stage.name for stage in self.stages}:
+            if [stage.name for stage in self.stages].count(name) > 1:
+                raise SpecError("algo.pipeline", names, f"every stage once; {name} comes twice")
+        for place, stage in enumerate(self.stages):
+            later = [other for other in self.stages[place + 1 :] if stage.online and stage.kind == Kind.TRANSFORM]
+            for other in later:
+                wanted = {need.statistic for need in other.needs if need.stream == "full"} - {Hessian}
+                if wanted or other.scope_tokens:
+                    raise SpecError(
+                        "algo.pipeline", names, f"{other.name} before {stage.name}: it looks at inputs as they are"
+                    )
         behind = [stage.name for stage in self.stages if any(need.stream == "quantized" for need in stage.needs)]
         if len(behind) > 1:  # each would push that stream through the block once more
             raise SpecError("algo.pipeline", names, f"one stage at most behind quantized groups; {behind} are")
@@ -60,19 +73,41 @@ class Pipeline:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text changes the result."""
-        return any(stage.needs or stage.scope_tokens for stage in self.stages)
+        return any(stage.needs or stage.scope_tokens or stage.trains for stage in self.stages)
+
+    @property
+    def online(self) -> bool:
+        """Whether the result needs more at run time than its weights."""
+        return any(stage.online for stage in self.stages)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage learns."""
+        return any(stage.trains for stage in self.stages)
+
+    @property
+    def batch_sizes(self) -> frozenset[int]:
+        """Sequences per minibatch of the stages that learn."""
+        return frozenset(stage.batch_size for stage in self.stages if stage.trains)
+
+    @property
+    def transforms(self) -> bool:
+        """Whether a stage moves scales through folds."""
+        return any(stage.transforms or stage.kind == Kind.TRANSFORM for stage in self.stages)
 
     @property
     def uses_random(self) -> bool:
         return any(stage.uses_random for stage in self.stages)
 
-    def check(self, formats: frozenset[TensorFormat]) -> None:
+    def check(self, formats: frozenset[TensorFormat], scheme: Scheme | None = None) -> None:
         """Raises SpecError for formats that a stage cannot serve; `formats` are those of all quantized weights."""
         names = "+".join(stage.name for stage in self.stages)
         if not formats and names not in ("", "rtn"):
             raise SpecError("format", "none", f"a weight format: {names} has nothing to do without one (algo=rtn can)")
         for stage in self.stages:
             stage.check(formats)
+            if scheme is not None:
+                stage.check_scheme(scheme)
 
     def specs(self) -> tuple[StageSpec, ...]:
         return tuple(

@@ -28,6 +28,11 @@ class WeightRef:
     bias: str | None = None
     """Path of the 1-D bias `[out_features]` that is added to the output; None for experts and without one."""
 
+    @property
+    def owner(self) -> str:
+        """Path of the module that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
     def of(self, parameter: Tensor) -> Tensor:
         """`[out, in]` view of a tensor that is stored as the block stores this weight's parameter."""
         matrix = parameter if self.index is None else parameter[self.index]

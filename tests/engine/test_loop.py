@@ -31,7 +31,7 @@ def _prepared(name="llama", dtype=torch.float32):
     with torch.no_grad():
         hidden, calls = capture_calls(model, calibration[:2])
         structure = StructureCache().structure(source.block(0), calls[0], hidden, folds=True)
-        stream = embed(source, model, calibration, calibration[[2, 3]])
+        stream = embed(source, model, calibration, {2})
     return source, structure, stream, calibration
 
 

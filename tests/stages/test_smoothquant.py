@@ -76,7 +76,7 @@ def _view(model, calibration, index=0):
     hidden, calls = capture_calls(model, calibration[:2])
     block = source.block(index)
     structure = StructureCache().structure(block, calls[index], hidden, folds=True)
-    stream = embed(source, model, calibration, calibration[:2])
+    stream = embed(source, model, calibration, {2})
     for earlier in range(index):
         stream.advance(source.block(earlier), earlier)
     statistics = {g.index: {AbsMax: AbsMax(g.in_features, torch.device("cpu"))} for g in structure.groups}

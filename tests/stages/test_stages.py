@@ -31,7 +31,7 @@ def _view(name="llama", *, group_size=8, symmetric=False, clipped=()):
     hidden, calls = capture_calls(model, calibration[:2])
     block = source.block(0)
     structure = StructureCache().structure(block, calls[0], hidden, folds=True)
-    stream = embed(source, model, calibration, calibration[:2])
+    stream = embed(source, model, calibration, {2})
     probe = Probe.observe(block, 0, stream, [0, 1])
     statistics = {
         group.index: {kind: kind(group.in_features, torch.device("cpu")) for kind in (Hessian, AbsMean, AbsMax)}

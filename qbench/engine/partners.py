@@ -1,0 +1,37 @@
+"""The same tokens' inputs on the full-precision stream, kept while one block is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qbench.errors import StructureError
+
+
+@dataclass
+class Partners:
+    """Inputs of every group on the full-precision stream, chunk by chunk, for statistics that compare both streams.
+
+    Both streams hold the same sequences in the same chunks, and each chunk shows a group its input once, in order.
+    """
+
+    kept: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def keep(self, group: int, x: Tensor) -> None:
+        self.kept.setdefault(group, []).append(x.detach())
+
+    def change(self, group: int, transform: Callable[[Tensor], Tensor]) -> None:
+        """What a transform of the block does to the group's input."""
+        self.kept[group] = [transform(x) for x in self.kept.get(group, [])]
+
+    def take(self, group: int, x: Tensor, where: str) -> Tensor:
+        """The partner of the next chunk's input x; it is not needed again.
+
+        Raises StructureError where it holds other tokens: an expert that the streams route differently.
+        """
+        waiting = self.kept.get(group, [])
+        if not waiting or waiting[0].shape != x.shape:
+            raise StructureError(f"{where}: the two streams bring it different tokens (experts), so they cannot be paired")
+        return waiting.pop(0)
