@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import qbench
 from hydra_plugins.qbench_launcher import SweepLauncher
+from qbench.composition import composed, is_composed
 from qbench.errors import SpecError
 from qbench.help import HELP
 
@@ -96,7 +98,9 @@ def _check_keys(arguments: list[str]) -> None:
             values = [str(v) for v in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
             for value in values:
                 options = sorted(path.stem for path in (conf_dir() / override.key_or_group).glob("*.yaml"))
-                if str(value) not in options:
+                if override.key_or_group == "algo" and is_composed(str(value)):
+                    _register(str(value))
+                elif str(value) not in options:
                     raise SpecError(override.key_or_group, value, f"unknown; one of {', '.join(options)}")
             chosen.setdefault(override.key_or_group, str(values[0]))
     for override in overrides:
@@ -109,6 +113,15 @@ def _check_keys(arguments: list[str]) -> None:
                 accepted = ", ".join(siblings or [k for k in known if "." not in k])
                 hint = f"did you mean {' or '.join(close)}? " if close else ""
                 raise SpecError(key, typed[key], f"unknown key; {hint}accepted: {accepted}")
+
+
+def _composed(name: str) -> dict:
+    return composed(name, conf_dir() / "algo")
+
+
+def _register(name: str) -> None:
+    """Let Hydra find a composed algorithm as if a file described it."""
+    ConfigStore.instance().store(group="algo", name=name, node=_composed(name))
 
 
 def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str]:
@@ -132,7 +145,9 @@ def _known_keys(chosen: dict[str, str]) -> list[str]:
         if not group.startswith("override"):
             name = chosen.get(group, default)
             path = conf_dir() / group / f"{name}.yaml"
-            if GLOBAL_PACKAGE not in path.read_text():  # else it sets keys of the root, which are known already
+            if group == "algo" and is_composed(name):
+                keys += _flatten(OmegaConf.create(_composed(name)), "algo.")
+            elif GLOBAL_PACKAGE not in path.read_text():  # else it sets keys of the root, which are known already
                 keys += _flatten(OmegaConf.load(path), f"{group}.")
     # What a choice is called and consists of is fixed by its file.
     return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith((".name", ".asset"))]

@@ -20,7 +20,7 @@ LAYERS = (
     {"engine"},
     {"models", "evaluation", "export"},
     {"checks", "scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"},
-    {"cli", "command", "help", "__main__"},
+    {"cli", "command", "composition", "help", "__main__"},
 )
 BESIDE = {("export", "models"), ("evaluation", "models")}
 """Imports within one layer below the uppermost two: an export writes the model's own tokenizer along, decoding one

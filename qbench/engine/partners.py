@@ -33,5 +33,5 @@ class Partners:
         """
         waiting = self.kept.get(group, [])
         if not waiting or waiting[0].shape != x.shape:
-            raise StructureError(f"{where}: the two streams bring it different tokens (experts), so they cannot be paired")
+            raise StructureError(f"{where}: the streams bring it different tokens (experts), which cannot be paired")
         return waiting.pop(0)

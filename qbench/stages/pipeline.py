@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import pairwise, zip_longest
 from typing import get_args, get_origin, get_type_hints
 
 import qbench.stages
@@ -37,13 +39,17 @@ class Pipeline:
     """Stages in legal order, with exactly one that rounds; empty for the full-precision baseline."""
 
     stages: tuple[Stage, ...]
+    parts: tuple[str | None, ...] = field(default=(), compare=False)
+    """Per stage, what its options go by on the command line when `algo` has several parts."""
 
     def __post_init__(self) -> None:
         names = "+".join(stage.name for stage in self.stages)
         kinds = [stage.kind for stage in self.stages]
-        if kinds != sorted(kinds):
-            order = " < ".join(kind.name for kind in Kind)
-            raise SpecError("algo.pipeline", names, f"stages in the order {order}")
+        for first, second in pairwise(self.stages):
+            if first.kind > second.kind:
+                order = " < ".join(kind.name for kind in Kind)
+                early, late = f"{second.name} ({second.kind.name})", f"{first.name} ({first.kind.name})"
+                raise SpecError("algo.pipeline", names, f"{early} before {late}: stages in the order {order}")
         if self.stages and kinds.count(Kind.ROUND) != 1:
             raise SpecError("algo.pipeline", names, "exactly one stage that rounds, such as rtn or gptq")
         for name in {stage.name for stage in self.stages}:
@@ -104,10 +110,11 @@ class Pipeline:
         names = "+".join(stage.name for stage in self.stages)
         if not formats and names not in ("", "rtn"):
             raise SpecError("format", "none", f"a weight format: {names} has nothing to do without one (algo=rtn can)")
-        for stage in self.stages:
-            stage.check(formats)
-            if scheme is not None:
-                stage.check_scheme(scheme)
+        for stage, part in zip_longest(self.stages, self.parts):
+            with _named(part):
+                stage.check(formats)
+                if scheme is not None:
+                    stage.check_scheme(scheme)
 
     def specs(self) -> tuple[StageSpec, ...]:
         return tuple(
@@ -126,18 +133,33 @@ def build_pipeline(nodes: Sequence[Mapping[str, object]]) -> Pipeline:
     Raises SpecError for unknown stages and options and for values of the wrong type.
     """
     types = stage_types()
-    stages = []
+    stages, parts = [], []
     for node in nodes:
         options = dict(node)
         name = options.pop("stage", None)
         if name not in types:
             raise SpecError("algo.pipeline.stage", name, f"one of {', '.join(sorted(types))}")
+        options.pop("companion", None)  # what composing pipelines looks at
+        part = options.pop("part", None)
         enabled = options.pop("enabled", True)
         if not isinstance(enabled, bool):
             raise SpecError(f"algo ({name})", enabled, "true or false")
         if enabled:
-            stages.append(types[name](**_typed(types[name], options)))
-    return Pipeline(tuple(stages))
+            with _named(part):
+                stages.append(types[name](**_typed(types[name], options)))
+            parts.append(part)
+    return Pipeline(tuple(stages), tuple(parts))
+
+
+@contextmanager
+def _named(part: str | None) -> Iterator[None]:
+    """Options in errors go by their part of a composed `algo`."""
+    try:
+        yield
+    except SpecError as error:
+        if part is None or not error.option.startswith("algo."):
+            raise
+        raise SpecError(f"algo.{part}.{error.option.removeprefix('algo.')}", error.value, error.accepted) from error
 
 
 def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, object]:
