@@ -84,7 +84,7 @@ def freeze(config: DictConfig) -> Point:
         raise SpecError("configuration", error.full_key or "?", str(error).splitlines()[0]) from error
     pipeline = build_pipeline(values["algo"]["pipeline"])
     seed = integer("seed", values["seed"], 0)
-    scheme = build_scheme(values)  # checked even where nothing is quantized
+    scheme = build_scheme(values, pipeline.zero_point)  # checked even where nothing is quantized
     if not pipeline.stages and scheme.at_run_time:
         raise SpecError("algo", values["algo"]["name"], "rtn or another algorithm: inputs or cache are to be quantized")
     if pipeline.stages and not scheme.weights and not scheme.at_run_time and not scheme.overrides:

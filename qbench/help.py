@@ -18,8 +18,7 @@ algo=none|rtn|gptq|awq|hqq|smoothquant|magr   the algorithm; options, with their
   awq:  algo.scale=true algo.clip=true algo.n_grid=20 algo.duo=false algo.grouped_heads=false
         algo.search_tokens=1024 algo.clip_n_grid=20 algo.max_shrink=0.5
         algo.clip_range=symmetric|asymmetric
-  hqq:  algo.iterations=20 algo.beta=10 algo.kappa=1.01 algo.p=0.7 algo.round_zero=false
-        (needs zero_point=float)
+  hqq:  algo.iterations=20 algo.beta=10 algo.kappa=1.01 algo.p=0.7 algo.round_zero=auto
   smoothquant: algo.alpha=0.5 algo.all_folds=false
   magr: algo.alpha=1e-3 algo.alpha_group=1e-4 algo.iterations=200, and gptq's
 scheme=default               formats of weights, inputs and cache by name; any key below overrides its part:

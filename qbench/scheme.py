@@ -30,11 +30,14 @@ OVERRIDE_KEYS = ("modules", "blocks", "skip", *WEIGHT_KEYS, "act_bits", "kv_bits
 ACT_COMPOSITE = tuple(name for name in COMPOSITE if name.startswith("mx") or name in ("nvfp4", "fp8block"))
 
 
-def build_scheme(values: Mapping[str, Any]) -> Scheme:
-    """The scheme that the configuration describes. Raises SpecError, naming the option."""
+def build_scheme(values: Mapping[str, Any], zero_point: str = "int") -> Scheme:
+    """The scheme that the configuration describes; zero_point: what the algorithm takes where that is left open.
+
+    Raises SpecError, naming the option.
+    """
     _check_nodes(values)
     partial = flag("partial_group", values["partial_group"])
-    weight = weight_format({key: values[key] for key in WEIGHT_KEYS}, partial)
+    weight = weight_format({key: values[key] for key in WEIGHT_KEYS}, partial, zero_point)
     inputs = input_format(values["act_bits"], values["act"])
     cache = cache_format(values["kv_bits"], values["kv"])
     listed = values["overrides"]
@@ -42,7 +45,7 @@ def build_scheme(values: Mapping[str, Any]) -> Scheme:
         raise SpecError(
             "overrides", listed, "a list such as [{modules: down_proj, bits: 8}, {blocks: [0, -1], skip: true}]"
         )
-    overrides = tuple(_override(node, values, partial) for node in listed)
+    overrides = tuple(_override(node, values, partial, zero_point) for node in listed)
     return Scheme(weight=weight, input=inputs, cache=cache, overrides=overrides)
 
 
@@ -168,7 +171,7 @@ def cache_format(bits: object, node: Mapping[str, Any]) -> CacheFormat | None:
     )
 
 
-def _override(node: Mapping[str, Any], values: Mapping[str, Any], partial: bool) -> Override:
+def _override(node: Mapping[str, Any], values: Mapping[str, Any], partial: bool, zero_point: str) -> Override:
     """One entry of `overrides`: the scheme's own options with this entry's in their place."""
     unknown = sorted(set(node) - set(OVERRIDE_KEYS))
     if unknown:
@@ -200,7 +203,7 @@ def _override(node: Mapping[str, Any], values: Mapping[str, Any], partial: bool)
         kept = {} if "format" in changed else {key: values[key] for key in WEIGHT_KEYS}
         options = {"format": "int"} | dict.fromkeys(WEIGHT_KEYS[1:]) | kept | changed
         roles.append("weight")
-        formats["weight"] = weight_format(options, partial)
+        formats["weight"] = weight_format(options, partial, zero_point)
     if "act_bits" in changes:
         roles.append("input")
         formats["input"] = input_format(_or_full(changes["act_bits"]), values["act"])

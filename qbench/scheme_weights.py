@@ -20,8 +20,9 @@ TERNARY_BITS, FULL_BITS = 1.58, 16
 DEFAULT_BITS, DEFAULT_GROUP = 4, 64
 
 
-def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None:
-    """None for `format=none` or `bits=16`: weights in full precision."""
+def weight_format(node: Mapping[str, Any], partial: bool, zero_point: str = "int") -> TensorFormat | None:
+    """None for `format=none` or `bits=16`: weights in full precision. zero_point: of asymmetric integers, where the
+    node leaves it open."""
     name = node["format"]
     if not isinstance(name, str):
         raise SpecError("format", name, "a name such as int, fp, e3m2, nf4, mxfp4, nvfp4")
@@ -42,7 +43,7 @@ def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None
     symmetric = node["symmetric"]
     if name == "int" and bits != TERNARY_BITS:
         bits = DEFAULT_BITS if bits is None else integer("bits", bits, 2, 8, also=f", or {TERNARY_BITS} (ternary)")
-        zero, element = _integer_element(node, bits, symmetric)
+        zero, element = _integer_element(node, bits, symmetric, zero_point)
     else:
         element = TERNARY if name == "int" else element_named(name, bits)
         zero = "none"
@@ -74,7 +75,7 @@ def weight_format(node: Mapping[str, Any], partial: bool) -> TensorFormat | None
     return _with_range(fmt, node["range"])
 
 
-def _integer_element(node: Mapping[str, Any], bits: int, symmetric: object) -> tuple[str, Int]:
+def _integer_element(node: Mapping[str, Any], bits: int, symmetric: object, default: str) -> tuple[str, Int]:
     kind = node["zero_point"]
     if kind is not None:
         kind = choice("zero_point", kind, ("int", "float", "none"))
@@ -88,7 +89,7 @@ def _integer_element(node: Mapping[str, Any], bits: int, symmetric: object) -> t
     if not symmetric and node["reach"] is not None:
         raise SpecError("reach", node["reach"], "symmetric=true: an asymmetric range is covered from end to end")
     reach = choice("reach", node["reach"] or "midpoint", ("midpoint", "narrow", "full"))
-    return ("none" if symmetric else kind or "int"), Int(bits, signed=symmetric, reach=reach)
+    return ("none" if symmetric else kind or default), Int(bits, signed=symmetric, reach=reach)
 
 
 def element_named(name: object, bits: object, others: tuple[str, ...] = (*COMPOSITE, "none")) -> Element:

@@ -131,9 +131,10 @@ class Outcome:
 class Stage(ABC):
     """Base of all stages: hyperparameters as fields with the authors' defaults; `name` is how a pipeline calls it.
 
-    version: raise it when the same options give other numbers; it is part of every run's key. transforms: whether a
-    stage of another kind than TRANSFORM also moves scales through folds: then the engine proves that the block still
-    computes its function. trains: whether it learns from `view.data`.
+    version: raise it when the same options give other numbers; it is part of every run's key. zero_point: the kind of
+    zero points ("int", "float") that asymmetric integers get where the configuration leaves it open. transforms:
+    whether a stage of another kind than TRANSFORM also moves scales through folds: then the engine proves that the
+    block still computes its function. trains: whether it learns from `view.data`.
     """
 
     name: ClassVar[str]
@@ -141,6 +142,7 @@ class Stage(ABC):
     version: ClassVar[int]
     needs: ClassVar[frozenset[Need]]
     uses_random: ClassVar[bool] = False
+    zero_point: ClassVar[str | None] = None
     transforms: ClassVar[bool] = False
     trains: ClassVar[bool] = False
 

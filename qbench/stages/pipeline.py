@@ -82,6 +82,11 @@ class Pipeline:
         return any(stage.needs or stage.scope_tokens or stage.trains for stage in self.stages)
 
     @property
+    def zero_point(self) -> str:
+        """Zero points of asymmetric integers where the configuration leaves their kind open."""
+        return next((stage.zero_point for stage in self.stages if stage.zero_point is not None), "int")
+
+    @property
     def online(self) -> bool:
         """Whether the result needs more at run time than its weights."""
         return any(stage.online for stage in self.stages)

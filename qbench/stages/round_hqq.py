@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -118,20 +118,25 @@ class _Sweep:
         return levels, (blocks - decoded).mul_(inside)
 
 
+RoundZero = Literal["auto", True, False]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hqq(Stage):
-    """HQQ on the range that an earlier stage chose, or on the format's own."""
+    """HQQ on the range that an earlier stage chose, or on the format's own. round_zero "auto": at 4 bits, as the
+    authors' ready-made configurations do."""
 
     name: ClassVar[str] = "hqq"
     kind: ClassVar[Kind] = Kind.ROUND
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset()
+    zero_point: ClassVar[str | None] = "float"
 
     iterations: int = 20
     beta: float = 10.0
     kappa: float = 1.01
     p: float = 0.7
-    round_zero: bool = False
+    round_zero: RoundZero = "auto"
 
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(0 <= self.iterations <= 10_000, "algo.iterations", self.iterations, "0 to 10000 (authors: 20)")
@@ -151,7 +156,9 @@ class Hqq(Stage):
         codes, metrics = {}, []
         for group in view.groups:
             for ref in group.weights:
-                found = hqq(view.weight(ref).float(), view.format(ref), clip=view.ranges.get(ref.name), **options)
+                fmt = view.format(ref)
+                options["round_zero"] = fmt.bits == 4 if self.round_zero == "auto" else self.round_zero
+                found = hqq(view.weight(ref).float(), fmt, clip=view.ranges.get(ref.name), **options)
                 codes[ref.name] = found.weight
                 metrics += [(ref.name, "hqq_error_vs_rtn", found.gain), (ref.name, "hqq_kept", found.kept)]
         return Outcome(codes=codes, metrics=tuple(metrics))

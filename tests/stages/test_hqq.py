@@ -192,6 +192,21 @@ def test_the_stage_uses_the_range_of_an_earlier_one():
     assert found.sha256() == hqq(ref.read(block), INT3, beta=3.0, clip=clip).weight.sha256()
 
 
+@pytest.mark.parametrize(("choice", "rounds"), [("auto", True), (True, True), (False, False)])
+def test_at_4_bits_the_zero_point_is_rounded_first_unless_told_otherwise(choice, rounds):
+    model, _ = tiny_model("llama")
+    block = find_blocks(model)[1][0]
+    ref = WeightRef(name="mlp.up_proj.weight", parameter="mlp.up_proj.weight", out_features=48, in_features=32)
+    group = LinearGroup(index=0, weights=(ref,), in_features=32, scopes=(), query_key_rows={})
+    for fmt in (replace(INT3, element=Int(4, signed=False)), INT3):
+        view = BlockView(
+            block=block, structure=BlockStructure(groups=(group,)), groups=(group,), formats={ref.name: fmt}
+        )
+        stage = build_pipeline([{"stage": "hqq", "round_zero": choice}]).stages[0]
+        expected = hqq(ref.read(block), fmt, round_zero=rounds and (fmt.bits == 4 or choice is True)).weight
+        assert stage.apply(view).codes[ref.name].sha256() == expected.sha256()
+
+
 def test_rounded_zero_points_are_where_it_starts():
     weight = _weight()
     params = fit(weight, INT3)
