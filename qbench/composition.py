@@ -49,20 +49,26 @@ def composed(name: str, folder: Path) -> Node:
 
 
 def _arranged(entries: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
-    """The entries (part, stage with options) without companions that another part replaces; the others among them
-    behind everything that has to come before them."""
+    """The entries (part, stage with options) without companions that another part replaces. What stays of them comes
+    before the next stage of its own part and before the first stage that has to come later."""
     kinds = _kinds({entry["stage"] for _, entry in entries})
-    own = {kinds[entry["stage"]] for _, entry in entries if not entry.get("companion", False)}
-    last = {kinds[entry["stage"]]: part for part, entry in entries if entry.get("companion", False)}
-    arranged = []
+    arranged = [found for found in entries if not _accompanies(found)]
     for place, (part, entry) in enumerate(entries):
         kind = kinds[entry["stage"]]
-        if not entry.get("companion", False):
-            arranged.append((place, part, entry))
-        elif kind not in own and last[kind] == part:
-            before = [k for k, (_, other) in enumerate(entries) if kinds[other["stage"]] < kind]
-            arranged.append((max([place, *before]) + 0.5, part, entry))
-    return [(part, entry) for _, part, entry in sorted(arranged, key=lambda found: found[0])]
+        others = [found for found in entries if found[0] != part and kinds[found[1]["stage"]] == kind]
+        later = {name for name, _ in entries[place:]} - {part}
+        if not _accompanies((part, entry)):
+            continue
+        if any(not _accompanies(found) or found[0] in later for found in others):
+            continue
+        own = [found for found in entries[place + 1 :] if found[0] == part and not _accompanies(found)]
+        before = (k for k, found in enumerate(arranged) if kinds[found[1]["stage"]] > kind or found in own)
+        arranged.insert(next(before, len(arranged)), (part, entry))
+    return arranged
+
+
+def _accompanies(found: tuple[str, Node]) -> bool:
+    return bool(found[1].get("companion", False))
 
 
 def _part(part: str, name: str, folder: Path) -> Node:

@@ -15,9 +15,10 @@ import torch
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import PassResult, StructureCache, run_pass
 from qbench.engine.resume import ResumePoint
+from qbench.engine.rotated import rotated
 from qbench.engine.sinks import Ledger, Weights, parameter_bytes
 from qbench.engine.source import Source
-from qbench.errors import NumericsError
+from qbench.errors import NumericsError, SpecError
 from qbench.evaluation.decode import decode_nll
 from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
 from qbench.export.hf import StreamExport, export_memory
@@ -144,13 +145,17 @@ def compute(
     """Quantize, measure and export; touches no database."""
     started = time.perf_counter()
     with phases("load"):
-        source = session.source(point)
+        loaded = session.source(point)
         calibration = session.calibration(point)
         windows = tuple(
             session.windows(spec, corpus, point.model)
             for spec, corpus in zip(point.evaluations, point.corpora, strict=True)
             if spec in evaluations
         )
+    with phases("rotate"):
+        source = rotated(loaded, point.recipe, calibration, partial(progress, "rotate"))
+    if point.export is not None and not source.loadable:
+        raise SpecError("export", "hf", f"{point.spec.algo} leaves no checkpoint that the model's own class could load")
     resume = ResumePoint(resume_folder, point.resume_s)
     job = _Job(point, evaluations, windows, calibration, source, session.structure_cache(point.model), phases, resume)
     carry_out = job.in_memory if point.source == "memory" else job.streamed
@@ -167,7 +172,7 @@ def compute(
         peak_device_bytes=memory.device_bytes(),
         codes_sha256=ledger.codes_sha256,
     )
-    layers = tuple(LayerMetric(block=b, module=m, name=n, value=v) for b, m, n, v in ledger.metrics)
+    layers = tuple(LayerMetric(block=b, module=m, name=n, value=v) for b, m, n, v in (*source.metrics, *ledger.metrics))
     return Computed(outcome, tuple(measurements), layers, tuple(artifacts))
 
 

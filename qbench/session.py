@@ -14,6 +14,7 @@ from qbench.calibration.samplers import evaluation_windows, random, sequential
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import StructureCache
 from qbench.engine.source import MemorySource, Source, StreamSource
+from qbench.errors import SpecError
 from qbench.measure import share_one_heap
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
 from qbench.preflight import check_point
@@ -86,9 +87,13 @@ class Session:
     def preflight(self, point: Point) -> None:
         """Everything that can be refused from the configuration and the texts, before any weights load.
 
-        Raises SpecError for a group size that does not fit, windows longer than the model's context, and texts with
-        too few tokens.
+        Raises SpecError for a group size that does not fit, windows longer than the model's context, texts with too
+        few tokens, and an export of what needs more at run time than its weights.
         """
+        if point.export is not None and point.pipeline.online:
+            online = ", ".join(stage.name for stage in point.pipeline.stages if stage.online)
+            reason = f"none: {online} transforms inputs at run time, which a checkpoint cannot say"
+            raise SpecError("export", "hf", reason)
         check_point(point, self.skeleton(point.model))
         self.calibration(point)
         for wanted, corpus in zip(point.evaluations, point.corpora, strict=True):

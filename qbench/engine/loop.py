@@ -19,12 +19,14 @@ from qbench.engine.partners import Partners
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.runtime import Runtime, calibrate
 from qbench.engine.streams import Stream
+from qbench.engine.student import make_student
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.formats.scheme import Scheme
 from qbench.stages.base import BlockData, BlockView, Kind, Outcome, ScopeCall, Stage
 from qbench.stages.pipeline import Pipeline
 from qbench.structure.blocks import BlockCall
+from qbench.structure.online import attach
 from qbench.structure.trace import BlockStructure, LinearGroup
 
 #: Largest relative change of a block's output that a transform may cause, by compute dtype.
@@ -281,8 +283,6 @@ class _Work:
         self._spent("install", started)
 
     def _data(self, behind: Stream) -> BlockData:
-        from qbench.engine.student import make_student
-
         run_time = self.run_time or self.calibrated()
 
         def call_of(hidden: Tensor) -> BlockCall:
@@ -308,18 +308,16 @@ class _Work:
     def _install(self, outcome: Outcome) -> None:
         for path, value in outcome.parameters.items():
             self.block.get_parameter(path).data.copy_(value)
-        groups = {group.index: group for group in self.whole.groups}
+        groups = {group.index: group for group in self.structure.groups}
         for group, scale in outcome.input_scales.items():
             kept = self.statistics.get(group, {})
             self.statistics[group] = {k: s.rescaled(scale) for k, s in kept.items()}
             if self.partners is not None:
                 self.partners.change(group, lambda x, scale=scale: x / scale)
         for group, transform in outcome.online.items():
-            from qbench.structure.online import attach
-
-            for owner in dict.fromkeys(ref.owner for ref in groups[group].weights):
-                attach(self.block, owner, transform)
-            kept = self.statistics.get(group, {})
+            for ref in groups[group].weights:
+                attach(self.block, ref.name, transform)
+            kept = self.statistics.get(group, {})  # the pipeline has seen to it that no later stage looks at others
             self.statistics[group] = {Hessian: kept[Hessian].transformed(transform)} if Hessian in kept else {}
             if self.partners is not None:
                 self.partners.change(group, transform)

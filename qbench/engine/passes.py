@@ -12,7 +12,7 @@ from qbench.engine.loop import FinishedBlock, Recipe, Streams, quantize_block
 from qbench.engine.probe import evenly_spaced
 from qbench.engine.resume import ResumePoint, identity_of
 from qbench.engine.sinks import Ledger, Weights
-from qbench.engine.source import Source
+from qbench.engine.source import Source, signature_of
 from qbench.engine.streams import Stream, chunked
 from qbench.formats import QTensor, quantize
 from qbench.formats.scheme import Scheme
@@ -26,13 +26,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class StructureCache:
-    """Structures by signature (names and shapes of a block's parameters): blocks of one shape are discovered once."""
+    """Structures by `signature_of`: blocks of one shape are discovered once."""
 
     known: dict[tuple, BlockStructure] = field(default_factory=dict)
 
     def structure(self, block: nn.Module, call: BlockCall, hidden: Tensor, *, folds: bool) -> BlockStructure:
         """Groups of `block` and, if asked for, the folds that a numeric probe confirms."""
-        signature = (folds, type(block), *((name, tuple(p.shape)) for name, p in block.named_parameters()))
+        signature = (folds, *signature_of(block))
         if signature not in self.known:
             found = trace_block(block, call, hidden)
             if folds:
@@ -91,7 +91,7 @@ def run_pass(
     if resume is not None:
         setting = (torch.__version__, source.device, keep_weights, recipe, len(moving))
         identity = identity_of(*setting, calibration, *evaluations)
-        first = resume.load(identity, moving, ledger, weights.tensors, source.device)
+        first = resume.load(identity, moving, ledger, weights, source.device)
         for index in range(first) if keep_weights and recipe is not None and recipe.scheme.at_run_time else ():
             block = source.block(index)
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)

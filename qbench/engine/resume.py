@@ -19,6 +19,7 @@ from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.streams import Stream
 from qbench.formats import QParams
 from qbench.formats.scheme import Scheme
+from qbench.structure.online import InputTransform, from_plain, plain
 from qbench.structure.trace import BlockStructure
 
 
@@ -49,14 +50,13 @@ class ResumePoint:
             "done": done,
             "chunks": [stream.chunks for stream in streams],
             "ledger": asdict(ledger),
+            "online": {index: _plain_transforms(found) for index, found in weights.online.items()},
             "running": {index: _state(finished) for index, finished in weights.running.items()},
         }
         self._write("point.pt", state)
         self._saved = time.monotonic()
 
-    def load(
-        self, identity: str, streams: list[Stream], ledger: Ledger, weights: dict[str, Tensor], device: torch.device
-    ) -> int:
+    def load(self, identity: str, streams: list[Stream], ledger: Ledger, weights: Weights, device: torch.device) -> int:
         """Number of finished blocks (0: none); fills streams, ledger and weights. Another pass's point is removed.
 
         `running` holds afterwards what `restore` needs of what is quantized at run time.
@@ -71,12 +71,14 @@ class ResumePoint:
             return 0
         for path in sorted(self.folder.glob("weights-*.pt")):
             if int(path.stem.split("-")[1]) <= saved["done"]:
-                weights.update(torch.load(path, weights_only=True, map_location=device))
+                weights.tensors.update(torch.load(path, weights_only=True, map_location=device))
         for stream, chunks in zip(streams, saved["chunks"], strict=True):
             stream.chunks = [chunk.to(device) for chunk in chunks]
         for name, value in saved["ledger"].items():
             setattr(ledger, name, [tuple(m) for m in value] if name == "metrics" else value)
-        self._blocks_saved = len(weights)
+        self._blocks_saved = len(weights.tensors)
+        for index, found in saved["online"].items():
+            weights.online[index] = {name: from_plain(values) for name, values in found.items()}
         self.running = saved["running"]
         return saved["done"]
 
@@ -118,6 +120,10 @@ def _state(finished: FinishedBlock) -> dict:
         "inputs": inputs,
         "cache": None if cache is None else [_plain(h.params) for h in (cache.keys, cache.values)],
     }
+
+
+def _plain_transforms(transforms: dict[str, InputTransform]) -> dict[str, dict]:
+    return {name: plain(transform) for name, transform in transforms.items()}
 
 
 def _plain(params: QParams | None) -> dict | None:

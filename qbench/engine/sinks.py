@@ -15,6 +15,7 @@ from qbench.engine.runtime import Runtime, install
 from qbench.formats import QParams, QTensor
 from qbench.formats.scheme import CacheFormat
 from qbench.structure.blocks import find_blocks
+from qbench.structure.online import InputTransform, attached, attached_instead
 
 
 @dataclass
@@ -50,17 +51,21 @@ class Ledger:
 
 @dataclass
 class Weights:
-    """Decoded parameters of finished blocks by their names in the model, and what is quantized while each runs: what
-    quantization changed, and no more. head: the decoded head, where it is quantized too."""
+    """Decoded parameters of finished blocks by their names in the model, what is quantized while each runs, and what
+    its inputs go through: what quantization changed, and no more. head: the decoded head, where it is quantized too.
+    online: transforms of inputs by block number and weight name."""
 
     prefix: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     running: dict[int, FinishedBlock] = field(default_factory=dict)
     head: Tensor | None = None
+    online: dict[int, dict[str, InputTransform]] = field(default_factory=dict)
 
     def receive(self, finished: FinishedBlock) -> None:
         for name, parameter in finished.block.named_parameters():
             self.tensors[f"{self.prefix}.{finished.index}.{name}"] = parameter.detach()
+        if transforms := attached(finished.block):
+            self.online[finished.index] = transforms
         self.receive_running(finished)
 
     def receive_running(self, finished: FinishedBlock) -> None:
@@ -77,7 +82,8 @@ class Weights:
 
     @contextmanager
     def inside(self, model: nn.Module, *, cache: bool = True) -> Iterator[nn.Module]:
-        """`model` with these weights and its blocks quantizing what they should, in place; undone on leaving.
+        """`model` with these weights and its blocks transforming and quantizing what they should, in place; undone on
+        leaving.
 
         cache=False leaves keys and values alone, for a model that is given a quantized cache of its own.
         """
@@ -87,6 +93,8 @@ class Weights:
             _assign(model, self.tensors)
             stack.enter_context(with_head(model, self.head))
             _, blocks = find_blocks(model)
+            for index, transforms in self.online.items():
+                stack.enter_context(attached_instead(blocks[index], transforms))
             for index, finished in self.running.items():
                 kept = replace(finished, block=blocks[index], cache=finished.cache if cache else None)
                 runtime = kept.runtime()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qbench.errors import AssetError, StructureError
 from qbench.structure.blocks import find_blocks
+from qbench.structure.online import attached, attached_to_attention
 
 
 class Source(Protocol):
@@ -28,6 +29,12 @@ class Source(Protocol):
     prefix: str
     device: torch.device
     dtype: torch.dtype
+    resident: bool
+    """Whether what lies outside the blocks always holds weights."""
+    loadable: bool
+    """Whether the model's own class can load the weights: no transform while it runs, no other modules."""
+    metrics: tuple[tuple[int, str, str, float], ...]
+    """What was found out while the source was made: (block, module, name, value)."""
 
     @property
     def count(self) -> int: ...
@@ -39,6 +46,9 @@ class Source(Protocol):
 
 class MemorySource:
     """A model that is loaded already; it is never changed: every block is handed out as a copy."""
+
+    resident = loadable = True
+    metrics = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -65,6 +75,9 @@ class StreamSource:
     StructureError where the checkpoint's tensor names are not the model's own (checkpoints that transformers
     rewrites while loading, such as merged experts): `source=memory` loads those.
     """
+
+    resident, loadable = False, True
+    metrics = ()
 
     def __init__(self, folder: Path, skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.dtype, self.device = skeleton, dtype, device
@@ -110,6 +123,12 @@ class StreamSource:
     def _assign(self, module: nn.Module, names: Mapping[str, str]) -> None:
         for name, stored in names.items():
             _replace(module, name, self.tensors.read(stored).to(device=self.device, dtype=self.dtype))
+
+
+def signature_of(block: nn.Module) -> tuple:
+    """Equal for blocks of one shape: names and shapes of parameters, and which inputs are transformed."""
+    online = (*sorted(attached(block)), attached_to_attention(block) is not None)
+    return (type(block), online, *((name, tuple(p.shape)) for name, p in block.named_parameters()))
 
 
 class Checkpoint:

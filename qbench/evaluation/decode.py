@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from qbench.errors import EvaluationError, StructureError
 from qbench.formats.scheme import CacheFormat
 from qbench.models.kv_cache import QuantizedCache, StaticParams
+from qbench.structure.blocks import find_blocks
+from qbench.structure.online import attached_to_attention
 
 #: Windows per forward where no batch size is given.
 BATCH = 16
@@ -41,10 +43,11 @@ def decode_nll(
     count = model.config.get_text_config().num_hidden_layers
     if len(layers) != count:
         raise StructureError(f"decode: cache formats of {len(layers)} layers for a model of {count}")
+    rotations = [attached_to_attention(block) for block in find_blocks(model)[1]]
     device = next(model.parameters()).device
     values: list[Tensor] = []
     for tokens in windows.split(batch or BATCH):
-        values.append(_decode(model, tokens.to(device), QuantizedCache(layers, params)))
+        values.append(_decode(model, tokens.to(device), QuantizedCache(layers, params, rotations)))
         progress(sum(map(len, values)), len(windows))
     return torch.cat(values)
 

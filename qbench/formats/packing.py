@@ -54,9 +54,11 @@ def pack(tensor: QTensor) -> Packed:
     format can store, which those of `fit` are. `8 * bytes` is `tensor.storage_bits()` but for the last byte of codes
     and zero points.
 
-    Raises NumericsError where a scale or zero point isn't what the format stores.
+    Raises NumericsError where a scale or zero point isn't what the format stores, and for codes in another basis.
     """
     fmt = tensor.format
+    if tensor.basis is not None:
+        raise NumericsError(f"codes in a rotated basis ({fmt.label}, algo=quip) cannot be packed: no reader knows it")
     rows, columns = tensor.codes.shape
     outer = None
     if tensor.scale_codes is not None:

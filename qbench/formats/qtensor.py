@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qbench.formats.basis import Basis
 from qbench.formats.tensor import PER_TENSOR, QParams, TensorFormat, decode
 
 
@@ -18,7 +19,8 @@ class QTensor:
 
     Column j belongs to group j // group_size unless `order` (int64 [in]) is given: then column order[k] is the k-th
     column in quantization order and belongs to group k // group_size (GPTQ's act_order without static groups).
-    Invariant: dequantize() is exactly scale * (level - zero), computed in float32, with the level of the code.
+    Invariant: dequantize() is exactly scale * (level - zero), computed in float32, with the level of the code; with a
+    `basis` that is the weight in that basis, and dequantize() brings it back into its own.
     """
 
     codes: Tensor
@@ -28,9 +30,14 @@ class QTensor:
     order: Tensor | None = None
     scale_codes: Tensor | None = None
     outer: Tensor | None = None
+    basis: Basis | None = None
 
     def dequantize(self) -> Tensor:
         """float32 `[out, in]`."""
+        values = self._values()
+        return values if self.basis is None else self.basis.leave(values)
+
+    def _values(self) -> Tensor:
         levels = self.format.element.from_codes(self.codes)
         if self.order is not None:
             levels = levels[:, self.order]
@@ -43,10 +50,12 @@ class QTensor:
         return restored
 
     def storage_bits(self) -> int:
-        """Bits to keep: codes, scales, zero points and, with `order`, a 32-bit group index per column."""
+        """Bits to keep: codes, scales, zero points; with `order` a 32-bit group index per column, with a `basis` what
+        it is made from."""
         out_features, in_features = self.codes.shape
         index = 0 if self.order is None or self.format.group_size <= PER_TENSOR else 32 * in_features
-        return self.format.storage_bits(out_features, in_features) + index
+        basis = 0 if self.basis is None else self.basis.storage_bits()
+        return self.format.storage_bits(out_features, in_features) + index + basis
 
     def sha256(self) -> str:
         """Digest of codes, scales, zero points and what gives them meaning: equal digests are equal weights."""
@@ -54,4 +63,8 @@ class QTensor:
         for part in (self.codes, self.scale, self.zero, self.order):
             if part is not None:
                 state.update(part.detach().cpu().contiguous().numpy().tobytes())
+        if self.basis is not None:
+            state.update(f"basis {self.basis.seed}\n".encode())
+            if self.basis.scale is not None:
+                state.update(self.basis.scale.detach().cpu().contiguous().numpy().tobytes())
         return state.hexdigest()

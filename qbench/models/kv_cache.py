@@ -14,6 +14,7 @@ from qbench.errors import StructureError
 from qbench.formats.qtensor import QTensor
 from qbench.formats.scheme import CacheFormat
 from qbench.formats.tensor import QParams, TensorFormat, code_bits
+from qbench.structure.online import HadamardTransform
 
 StaticParams = tuple[QParams, QParams]
 """Scales and zero points of a layer's keys and values."""
@@ -22,21 +23,26 @@ StaticParams = tuple[QParams, QParams]
 class QuantizedCache(Cache):
     """Keys and values of all layers in the formats of `layers`, None meaning full precision.
 
-    `params` are those of static formats. Sliding-window layers keep all their tokens, and the model's mask hides the
+    `params` are those of static formats. `rotations`: by layer, what keys pass before they are quantized and backwards
+    before attention reads them. Sliding-window layers keep all their tokens, and the model's mask hides the
     old ones: what attention reads is the same, the memory is not that of a deployment that drops them.
     """
 
     def __init__(
-        self, layers: Sequence[CacheFormat | None], params: Sequence[StaticParams | None] | None = None
+        self,
+        layers: Sequence[CacheFormat | None],
+        params: Sequence[StaticParams | None] | None = None,
+        rotations: Sequence[HadamardTransform | None] | None = None,
     ) -> None:
         """SpecError and StructureError of `qbench.engine.kv.halves`."""
         own = params if params is not None else [None] * len(layers)
         if len(own) != len(layers):
             raise StructureError(f"cache: static scales of {len(own)} layers for {len(layers)}")
+        turned = rotations if rotations is not None else [None] * len(layers)
         super().__init__(
             layers=[
-                DynamicLayer() if fmt is None else QuantizedLayer(*halves(fmt, *(fixed or (None, None))))
-                for fmt, fixed in zip(layers, own, strict=True)
+                DynamicLayer() if fmt is None else QuantizedLayer(*halves(fmt, *(fixed or (None, None))), rotation)
+                for fmt, fixed, rotation in zip(layers, own, turned, strict=True)
             ]
         )
 
@@ -61,9 +67,9 @@ class QuantizedLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, keys: CacheHalf, values: CacheHalf) -> None:
+    def __init__(self, keys: CacheHalf, values: CacheHalf, rotation: HadamardTransform | None = None) -> None:
         super().__init__()
-        self._stored = (StoredTokens(keys), StoredTokens(values))
+        self._stored = (StoredTokens(keys, rotation), StoredTokens(values))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Notes dtype and device; the first `update` brings the tokens."""
@@ -93,7 +99,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._stored = tuple(StoredTokens(half.half) for half in self._stored)
+        self._stored = tuple(StoredTokens(half.half, half.rotation) for half in self._stored)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -133,10 +139,10 @@ class _Codes:
 
 
 class StoredTokens:
-    """The keys or values of one layer: the first tokens as codes, the newest in full precision."""
+    """The keys or values of one layer: the first tokens as codes (of rotated values), the newest in full precision."""
 
-    def __init__(self, half: CacheHalf) -> None:
-        self.half = half
+    def __init__(self, half: CacheHalf, rotation: HadamardTransform | None = None) -> None:
+        self.half, self.rotation = half, rotation
         self._coded: _Codes | None = None
         self._residual: Tensor | None = None
 
@@ -202,7 +208,7 @@ class StoredTokens:
         self._coded = _Codes(codes=codes, scale=scale, zero=zero)
 
     def _encode(self, x: Tensor) -> _Codes:
-        found = self.half.quantize(x)
+        found = self.half.quantize(x if self.rotation is None else self.rotation(x))
         codes = self.half.from_rows(found.codes, x.shape)
         if self.half.params is not None:
             return _Codes(codes=codes, scale=None, zero=None)
@@ -221,7 +227,8 @@ class StoredTokens:
             zero = None if self._coded.zero is None else self._coded.zero.flatten(0, 2)
             params = QParams(self._coded.scale.flatten(0, 2), zero)
         rows = QTensor(self.half.to_rows(codes), params.scale, params.zero, self.half.rows_format(codes.shape))
-        return self.half.from_rows(rows.dequantize(), codes.shape).to(self._residual.dtype)
+        values = self.half.from_rows(rows.dequantize(), codes.shape)
+        return (values if self.rotation is None else self.rotation.inverse(values)).to(self._residual.dtype)
 
 
 def _parameter_bits(fmt: TensorFormat, sets: int, groups: int) -> int:

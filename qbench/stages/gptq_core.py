@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) as a pure function on one weight matrix and its Hessian."""
+"""GPTQ (arXiv 2210.17323) and GPTAQ (arXiv 2504.02692) as a pure function on one weight matrix and its Hessian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PIVOT_NOISE = 1e-6
 
 @dataclass(frozen=True)
 class GptqResult:
-    """Quantized weight and `loss`: sum over rows of (1/2) sum_i e_i^2, the layer error in units of the Hessian."""
+    """Quantized weight and `loss`: sum over rows of (1/2) sum_i e_i^2, the layer error in units of the Hessian (with a
+    drift: what rounding alone adds to it)."""
 
     weight: QTensor
     loss: float
@@ -52,6 +53,26 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
 
 
+def excited(hessian: Tensor) -> Tensor:
+    """The Hessian with the mean of the other diagonal entries (the authors: 1, which would make the damping depend on
+    the overall factor of H) where no token excites a column (H_jj = 0); itself where there is no such column."""
+    dead = hessian.diagonal() == 0
+    if bool(dead.any()):
+        hessian = hessian.clone()
+        hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
+    return hessian
+
+
+def toward_full(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float) -> Tensor:
+    """The weight, float32 [out, in], whose outputs on quantized inputs x come closest to those of `weight` on the
+    full-precision inputs: W (I + C (H + damping)⁻¹) with drift C = E[(x_full - x) xᵀ], float32 [in, in].
+
+    The exact minimum over W' of E‖W' x - W x_full‖² at damp=0, before anything is rounded.
+    """
+    upper = inverse_cholesky(excited(hessian), damp)
+    return weight.float() + weight.float() @ drift @ upper.t() @ upper
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -63,6 +84,7 @@ def gptq(
     block_size: int = 128,
     scale_source: ScaleSource = "compensated",
     clip: Range | None = None,
+    drift: Tensor | None = None,
 ) -> GptqResult:
     """Quantize `weight` column by column, spreading each column's error over the columns not yet quantized.
 
@@ -79,15 +101,16 @@ def gptq(
 
     A column that no calibration token excites (H_jj = 0) is rounded to nearest and spreads no error. (The authors set
     it to 0, which changes the function on every input that does excite it.)
+
+    drift: GPTAQ's asymmetric calibration, C = alpha · E[(x_full - x) xᵀ], float32 [in, in] in the units of the Hessian:
+    before column j is rounded, the columns behind it take over w_j (x_full - x)_j as well as they can, so that the
+    output follows the full-precision stream's. With P = triu(C Uᵀ, 1) U (the paper's equation of P) this adds w_j P_j:.
+    A drift of 0 is GPTQ, bit for bit. Departure: w_j is the weight just before it is rounded everywhere; behind the
+    running block the authors' code takes the rounded one, which makes the result depend on block_size.
     """
     original = weight.float()
     rows, columns = original.shape
-    dead = hessian.diagonal() == 0
-    if bool(dead.any()):
-        hessian = hessian.clone()
-        # The mean of the others (the authors: 1), so that the damping does not depend on the overall factor of H.
-        hessian.diagonal()[dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
-
+    hessian = excited(hessian)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     grouped = fmt.block.columns > 0
     by_index = static_groups or clip is not None or not grouped  # parameters by original column index
@@ -95,13 +118,17 @@ def gptq(
         hessian = hessian[order][:, order]
     upper = inverse_cholesky(hessian, damp)
     del hessian
+    pull = None
+    if drift is not None:
+        pull = drift if order is None else drift[order][:, order]
+        pull = (pull @ upper.t()).triu_(1) @ upper
 
     # Work on the transpose: a column of the weight is then contiguous.
     work = (original if order is None else original[:, order]).t().contiguous()
     width = fmt.width(columns)
     group_of = torch.arange(columns, device=work.device) // width
     # What scales share (NVFP4's tensor scale) is the original weight's, whatever compensation does to it.
-    fitted = _Parameters.empty(rows, fmt, columns, work, shared_scale(original, fmt))
+    fitted = ColumnParameters.empty(rows, fmt, columns, work, shared_scale(original, fmt))
     fixed = by_index or scale_source == "original"
     if fixed:
         source = original if by_index or order is None else original[:, order]
@@ -121,7 +148,8 @@ def gptq(
             column = start + i
             if not fixed and column % width == 0:
                 stop = min(column + width, columns)
-                fitted.set(column // width, _current(work, block, errors, upper, start, i, stop, scale_source), fmt)
+                current = _current(work, block, errors, upper, pull, start, i, stop, scale_source)
+                fitted.set(column // width, current, fmt)
             params = fitted.at(group_index[column])
             w = block[i]
             level = encode(w[:, None, None], fmt, params)
@@ -129,9 +157,13 @@ def gptq(
             error = (w - decode(level, params)[:, 0, 0]).div_(local[i, i])
             errors[i] = error
             block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+            if pull is not None:
+                block[i + 1 :].addr_(pull[column, column + 1 : end], w)
         codes[start:end] = fmt.element.to_codes(levels)
         loss += errors.double().square().sum()
         work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+        if pull is not None:
+            work[end:].addmm_(pull[start:end, end:].t(), block)  # its rows are the weights just before rounding
 
     stored = codes.t()
     if order is not None:
@@ -153,12 +185,20 @@ def gptq(
 
 
 def _current(
-    work: Tensor, block: Tensor, errors: Tensor, upper: Tensor, start: int, i: int, stop: int, source: ScaleSource
+    work: Tensor,
+    block: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    pull: Tensor | None,
+    start: int,
+    i: int,
+    stop: int,
+    source: ScaleSource,
 ) -> Tensor:
     """Columns start+i … stop of the weight, [out, width], as the group that begins there should see them.
 
     `work` lacks the running block's compensation; `block` has it for the block's own columns, and what the block owes
-    to columns behind its end is the first i errors times their row of U.
+    to columns behind its end is the first i errors times their row of U (and the first i weights times theirs of P).
     """
     first = start + i
     if source == "stale":
@@ -168,12 +208,15 @@ def _current(
     if stop <= end:
         return inside.t()
     outside = work[end:stop] - upper[start:first, end:stop].t() @ errors[:i]
+    if pull is not None:
+        outside = outside + pull[start:first, end:stop].t() @ block[:i]
     return torch.cat([inside, outside]).t()
 
 
 @dataclass
-class _Parameters:
-    """Parameters by group, one contiguous row per group, [groups, block rows]; `repeat` weight rows share each."""
+class ColumnParameters:
+    """Parameters by group, one contiguous row per group, [groups, block rows]; `repeat` weight rows share each: for
+    algorithms that go through a weight column by column."""
 
     scale: Tensor
     zero: Tensor | None
@@ -183,7 +226,7 @@ class _Parameters:
     repeat: int
 
     @classmethod
-    def empty(cls, rows: int, fmt: TensorFormat, columns: int, like: Tensor, outer: Tensor | None) -> _Parameters:
+    def empty(cls, rows: int, fmt: TensorFormat, columns: int, like: Tensor, outer: Tensor | None) -> ColumnParameters:
         down, across = fmt.grid((rows, columns))
         scale = like.new_empty(across, down)
         zero = None if fmt.zero == "none" else torch.empty_like(scale)

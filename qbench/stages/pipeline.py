@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import pairwise, zip_longest
-from typing import get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import qbench.stages
 from qbench.calibration.statistics import Hessian
@@ -177,14 +178,16 @@ def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, objec
             raise SpecError(
                 f"algo ({stage.name}) {name}", value, f"options of {stage.name}: {', '.join(sorted(known))}"
             )
-        wanted = hints[name]
-        choices = get_args(wanted)
-        if get_origin(wanted) is not None and not any(isinstance(choice, type) for choice in choices):
-            if value not in choices:
-                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(str, choices))}")
+        wanted, alternatives = hints[name], get_args(hints[name])
+        optional = NoneType in alternatives
+        if optional:
+            (wanted,) = (kind for kind in alternatives if kind is not NoneType)
+        if get_origin(wanted) is Literal:
+            if value not in get_args(wanted):
+                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(str, get_args(wanted)))}")
         elif wanted is float and type(value) in (int, float):
             value = float(value)
-        elif type(value) is not wanted:
-            raise SpecError(f"algo.{name}", value, f"must be {EXPECTED[wanted]}")
+        elif type(value) is not wanted and not (optional and value is None):
+            raise SpecError(f"algo.{name}", value, f"must be {EXPECTED[wanted]}{' or null' if optional else ''}")
         values[name] = value
     return values

@@ -60,7 +60,7 @@ def _search(
             candidate = Range(torch.maximum(full.lower, -share * bound), torch.minimum(full.upper, share * bound))
         else:
             candidate = Range(share * full.lower, share * full.upper)
-        error = _block_error(fake_quantize(weight, fmt, candidate, outer).sub_(weight), diagonal, fmt)
+        error = block_error(fake_quantize(weight, fmt, candidate, outer).sub_(weight), diagonal, fmt)
         if best is None:
             best = error
             continue
@@ -79,7 +79,7 @@ def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
     return padded.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def _block_error(delta: Tensor, diagonal: Tensor, fmt: TensorFormat) -> Tensor:
+def block_error(delta: Tensor, diagonal: Tensor, fmt: TensorFormat) -> Tensor:
     """Δᵀ H_gg Δ of every block, summed over the rows that share its scale: [block rows, groups]."""
     width, groups = diagonal.shape[-1], diagonal.shape[0]
     missing = groups * width - delta.shape[1]

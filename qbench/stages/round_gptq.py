@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.calibration.statistics import Hessian
+from qbench.calibration.statistics import Hessian, Statistic
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
-from qbench.stages.gptq_core import ScaleSource, gptq
+from qbench.stages.gptq_core import GptqResult, ScaleSource, gptq
 from qbench.structure.trace import LinearGroup
 from qbench.structure.weights import WeightRef
 
@@ -72,29 +72,45 @@ class Gptq(Stage):
         codes: dict[str, QTensor] = {}
         metrics = []
         for group in view.groups:
-            statistic = view.statistics[group.index][Hessian]
-            hessian = statistic.value()
-            if not torch.isfinite(hessian).all():
+            statistics = view.statistics[group.index]
+            tokens, values = statistics[Hessian].tokens, {kind: statistics[kind].value() for kind in self._statistics}
+            if not all(torch.isfinite(value).all() for value in values.values()):
                 raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
             for refs, fmt in _stacks(group, view):
                 weight = torch.cat([view.weight(ref).float() for ref in refs])
                 try:
-                    result = gptq(
-                        weight,
-                        hessian,
-                        fmt,
-                        damp=self.damp,
-                        act_order=self.act_order,
-                        static_groups=self.static_groups,
-                        block_size=self.block_size,
-                        scale_source=self.scale_source,
-                        clip=_joined([view.ranges.get(ref.name) for ref in refs]),
-                    )
+                    result = self._solve(weight, values, fmt, _joined([view.ranges.get(ref.name) for ref in refs]))
                 except NumericsError as error:
-                    raise NumericsError(f"{view.where}, {refs[0].name} ({statistic.tokens} tokens): {error}") from error
+                    raise NumericsError(f"{view.where}, {refs[0].name} ({tokens} tokens): {error}") from error
                 codes.update(zip((ref.name for ref in refs), _split(result.weight, refs), strict=True))
             metrics += [(ref.name, "damp", self.damp) for ref in group.weights]
         return Outcome(codes=codes, metrics=tuple(metrics))
+
+    @property
+    def _statistics(self) -> list[type[Statistic]]:
+        return [need.statistic for need in self.needs]
+
+    def _solve(
+        self, weight: Tensor, values: Mapping[type, Tensor], fmt: TensorFormat, clip: Range | None
+    ) -> GptqResult:
+        """One weight (or several, stacked) with the statistics of its input by type."""
+        return self._gptq(weight, values[Hessian], fmt, clip)
+
+    def _gptq(
+        self, weight: Tensor, hessian: Tensor, fmt: TensorFormat, clip: Range | None, drift: Tensor | None = None
+    ) -> GptqResult:
+        return gptq(
+            weight,
+            hessian,
+            fmt,
+            damp=self.damp,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            block_size=self.block_size,
+            scale_source=self.scale_source,
+            clip=clip,
+            drift=drift,
+        )
 
 
 def _stacks(group: LinearGroup, view: BlockView) -> Iterator[tuple[list[WeightRef], TensorFormat]]:

@@ -6,21 +6,27 @@ input. s = E|x|^r with r from a grid; the r that changes the output of the modul
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.calibration.statistics import AbsMean, Hessian
-from qbench.errors import NumericsError
-from qbench.formats import RangeFit, TensorFormat, fake_quantize
-from qbench.stages.base import BlockView, Kind, Need, Outcome, ScopeCall, Stage, require
+from qbench.formats import TensorFormat
+from qbench.formats.scheme import Scheme
+from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
+from qbench.stages.scope_loss import (
+    OutputError,
+    best,
+    fold_groups,
+    is_linear,
+    quantizes_inputs,
+    rounded,
+    scope_calls,
+)
 from qbench.structure.folds import Fold
 from qbench.structure.trace import LinearGroup
-from qbench.structure.weights import WeightRef
 
 #: The authors' floor of a scale before normalization.
 SMALLEST = 1e-4
@@ -57,6 +63,7 @@ class AwqScale(Stage):
     Where the searched module is the linear layer itself (o, down) its output error is tr(Δ H Δᵀ), exact over all
     calibration tokens; where it is attention or an MLP, it is evaluated on `search_tokens` tokens of whole, evenly
     spaced sequences. (The authors run all sequences through both, 20 times; the result differs by the sampling only.)
+    With `weight_act` the inputs are rounded as the scheme does it, and every output is evaluated on those tokens.
     """
 
     name: ClassVar[str] = "awq_scale"
@@ -68,6 +75,7 @@ class AwqScale(Stage):
     duo: bool = False
     grouped_heads: bool = False
     search_tokens: int = 1024
+    weight_act: bool = False
 
     @property
     def scope_tokens(self) -> int:
@@ -77,6 +85,14 @@ class AwqScale(Stage):
         require(self.n_grid >= 1, "algo.n_grid", self.n_grid, "a number of ratios >= 1 (authors: 20)")
         require(self.search_tokens >= 1, "algo.search_tokens", self.search_tokens, "a number of tokens >= 1")
 
+    def check_scheme(self, scheme: Scheme) -> None:
+        require(
+            not self.weight_act or quantizes_inputs(scheme),
+            "algo.weight_act",
+            self.weight_act,
+            "false, or quantized inputs (act_bits): there are none to round in the search",
+        )
+
     def apply(self, view: BlockView) -> Outcome:
         parameters = dict(view.block.named_parameters())
         changed: dict[str, Tensor] = {}
@@ -85,21 +101,20 @@ class AwqScale(Stage):
         searched = [
             (fold, *self._search(view, fold))
             for fold in view.structure.folds
-            if any(view.structure.groups[index].weights for index in _groups(fold))  # else nothing there is quantized
+            if fold_groups(view, fold)  # else nothing there is quantized
             and (self.grouped_heads or not fold.grouped)  # the authors skip v→o where heads share values
         ]
         for fold, free, ratio, gain in searched:
             changed |= fold.apply(parameters | changed, free)
-            for index in _groups(fold):
+            for index in (fold.group, *fold.extra_groups):
                 scales[index] = free[fold.channels]
-            refs = [ref for index in _groups(fold) for ref in view.structure.groups[index].weights]
-            metrics += [(refs[0].name, "awq_ratio", ratio), (refs[0].name, "awq_loss_vs_rtn", gain)]
+            first = fold_groups(view, fold)[0].weights[0].name
+            metrics += [(first, "awq_ratio", ratio), (first, "awq_loss_vs_rtn", gain)]
         return Outcome(parameters=changed, input_scales=scales, metrics=tuple(metrics))
 
     def _search(self, view: BlockView, fold: Fold) -> tuple[Tensor, float, float]:
         """Free scales [n_free] of the best ratio, that ratio, and its loss relative to ratio 0's (plain rounding)."""
-        every = [view.structure.groups[index] for index in _groups(fold)]
-        groups = [group for group in every if group.weights]  # the others stay in full precision
+        groups = fold_groups(view, fold)
         refs = [ref for group in groups for ref in group.weights]
         weights = {ref.name: view.weight(ref).float() for ref in refs}
         salience = _salience(view, groups)
@@ -108,37 +123,24 @@ class AwqScale(Stage):
             if self.duo
             else None
         )
-        formats = {ref.name: _quick(view.format(ref)) for ref in refs}
-        calls = _scope_calls(view, groups)
-        linear = _is_linear(groups, calls)
-        hessian = view.statistics[groups[0].index][Hessian].value() if linear else None
-        losses, candidates = [], []
-        for step in range(self.n_grid):
-            free = _tie(awq_scale(salience, step / self.n_grid, partner), fold.channels)
-            scale = free[fold.channels]
-            rounded = {
-                ref.name: fake_quantize(weights[ref.name] * scale, formats[ref.name]).div_(scale) for ref in refs
-            }
-            if linear:
-                loss = sum(hessian_error(rounded[ref.name] - weights[ref.name], hessian) for ref in refs).item()
+        candidates = [
+            _tie(awq_scale(salience, step / self.n_grid, partner), fold.channels) for step in range(self.n_grid)
+        ]
+        exact = not self.weight_act and is_linear(groups, scope_calls(view, groups))
+        hessian = view.statistics[groups[0].index][Hessian].value() if exact else None
+        error = None if exact else OutputError(view, groups)
+        losses = []
+        for free in candidates:
+            found = rounded(view, refs, free[fold.channels], inputs=self.weight_act)
+            if exact:
+                deltas = (found[ref.name].weight - weights[ref.name] for ref in refs)
+                loss = sum(hessian_error(delta, hessian) for delta in deltas).item()
             else:
-                loss = sum(_scope_error(view.block, call, refs, rounded) for call in calls)
-            losses.append(loss if math.isfinite(loss) else math.inf)
-            candidates.append(free)
-        best = min(range(self.n_grid), key=losses.__getitem__)
-        if math.isinf(losses[best]):
-            raise NumericsError(f"{view.where}, {refs[0].name}: no scale of the AWQ search gives a finite output")
-        gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
-        return candidates[best], best / self.n_grid, gain
-
-
-def _groups(fold: Fold) -> tuple[int, ...]:
-    return (fold.group, *fold.extra_groups)
-
-
-def _quick(fmt: TensorFormat) -> TensorFormat:
-    """The format with min-max ranges in place of an MSE search, which would multiply the cost of every ratio by 80."""
-    return replace(fmt, range=RangeFit()) if fmt.range.method == "mse" else fmt
+                loss = error(found)
+            losses.append(loss)
+        chosen = best(losses, f"{view.where}, {refs[0].name}: AWQ")
+        gain = losses[chosen] / losses[0] if losses[0] > 0 else 1.0
+        return candidates[chosen], chosen / self.n_grid, gain
 
 
 def _relative(weight: Tensor, fmt: TensorFormat) -> Tensor:
@@ -160,48 +162,3 @@ def _tie(scale: Tensor, channels: Tensor) -> Tensor:
     free.index_add_(0, channels, scale)
     counts.index_add_(0, channels, torch.ones_like(scale))
     return free / counts
-
-
-def _scope_calls(view: BlockView, groups: list[LinearGroup]) -> tuple[ScopeCall, ...]:
-    """The calls of the modules around all groups, without those inside another one."""
-    found = {call.module: call for group in groups for call in view.scopes.get(group.index, ())}
-    return tuple(call for path, call in found.items() if not any(path.startswith(f"{other}.") for other in found))
-
-
-def _is_linear(groups: list[LinearGroup], calls: tuple[ScopeCall, ...]) -> bool:
-    """Whether the searched module is just the linear layer: then its output error needs no forward.
-
-    Several groups are the experts behind one norm: what is searched then is the module that weighs their outputs.
-    """
-    owners = {ref.parameter.rpartition(".")[0] for group in groups for ref in group.weights}
-    one_weight = len(groups) == 1 and len(owners) == 1
-    return not calls or (one_weight and {call.module for call in calls} <= owners)
-
-
-def _scope_error(block: nn.Module, call: ScopeCall, refs: list[WeightRef], rounded: Mapping[str, Tensor]) -> float:
-    """Mean squared change of a module's output when its weights are replaced; summed over features."""
-    replaced = dict(_within(call.module, _parameters(block, refs, rounded)))
-    output = torch.func.functional_call(block.get_submodule(call.module), replaced, call.args, dict(call.kwargs))
-    output = output[0] if isinstance(output, tuple) else output
-    return (output - call.output).float().square().sum(dim=-1).mean().item()
-
-
-def _parameters(block: nn.Module, refs: list[WeightRef], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole parameters of the block with the given weights in them."""
-    changed: dict[str, Tensor] = {}
-    for ref in refs:
-        parameter = block.get_parameter(ref.parameter)
-        value = values[ref.name].to(parameter.dtype)
-        value = value.t() if ref.transposed else value
-        if ref.index is None:
-            changed[ref.parameter] = value
-        else:
-            changed.setdefault(ref.parameter, parameter.detach().clone())[ref.index] = value
-    return changed
-
-
-def _within(module: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Those parameters that belong to `module`, by their names inside it."""
-    for path, value in parameters.items():
-        if path.startswith(module + "."):
-            yield path[len(module) + 1 :], value

@@ -39,7 +39,8 @@ def run_exactly(
         y = use.x.double() @ matrix(ref, ref.read(block).double()).mT
         return y if use.bias is None else y + values[use.bias]
 
-    with LinearReplacement(LinearOperations(block), compute):
+    operations = LinearOperations(block, {name: value for name, value in values.items() if name in vectors})
+    with LinearReplacement(operations, compute):
         return call_with(block, call.to(dtype=torch.float64), hidden.double(), values)
 
 

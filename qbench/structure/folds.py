@@ -1,7 +1,7 @@
 """Scales that can move from a weight's columns into what produces its input: found, then proved."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,9 @@ class Fold:
     kind: Literal["norm", "linear"]
     grouped: bool
     """Whether channels are tied."""
+    bias: str | None = None
+    """The producer's vector from which a shift of the channels can be subtracted, because every consumer has a bias
+    that takes it back (see `apply_shift`); None where there is none."""
 
     @property
     def n_free(self) -> int:
@@ -76,6 +79,22 @@ class Fold:
             view.copy_(self.matrix(ref, view, scale))
         return changed
 
+    def apply_shift(self, parameters: Mapping[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+        """The parameters that change, by path, when `shift` z `[n_free]` is subtracted from the channels.
+
+        The producer's bias loses z, every consumer's bias gains W z. Like `apply` it leaves `parameters` alone. Raises
+        NumericsError for a shift of another shape or not finite, and where the fold has no `bias`.
+        """
+        if self.bias is None:
+            raise NumericsError(f"fold of group {self.group}: no bias that a shift could be moved to")
+        if shift.shape != (self.n_free,) or not bool(torch.isfinite(shift).all()):
+            raise NumericsError(f"fold of group {self.group}: shifts must be {self.n_free} finite numbers")
+        paths = (self.bias, *(ref.bias for ref in self.consumers))
+        return {
+            path: self.shifted(path, parameters[path], shift, lambda ref: ref.of(parameters[ref.parameter].detach()))
+            for path in paths
+        }
+
     def matrix(self, ref: WeightRef, weight: Tensor, scale: Tensor) -> Tensor:
         """New value `[out, in]` of one linear weight; `weight` itself if the fold does not touch it."""
         for part in self.producer:
@@ -93,6 +112,20 @@ class Fold:
                 rows = part.rows.to(value.device)
                 value = value.detach().clone()
                 value[rows] = (value[rows] + part.offset) / scale.to(value) - part.offset
+        return value
+
+    def shifted(self, parameter: str, value: Tensor, shift: Tensor, weight_of: Callable[[WeightRef], Tensor]) -> Tensor:
+        """New value `[n]` of a vector under a shift; `value` itself if that does not touch it. weight_of: a consumer's
+        weight `[out, in]`."""
+        for part in self.producer:
+            if part.weight is None and part.parameter == parameter == self.bias:
+                value = value.detach().clone()
+                value[part.rows.to(value.device)] -= shift.to(value)
+        for ref in self.consumers:
+            if ref.bias == parameter:
+                weight = weight_of(ref).double()
+                channels = shift.to(weight)[self.channels.to(weight.device)]
+                value = (value.detach().double() + weight @ channels).to(value.dtype)
         return value
 
 
@@ -114,7 +147,8 @@ def find_folds(block: nn.Module, call: BlockCall, hidden: Tensor, structure: Blo
             covered |= groups
     if not _preserves_output(block, call, hidden, structure, chosen):
         chosen = [fold for fold in chosen if _preserves_output(block, call, hidden, structure, [fold])]
-    return tuple(sorted(chosen, key=lambda fold: fold.group))
+    shiftable = [_with_bias(block, call, hidden, structure, fold) for fold in chosen]
+    return tuple(sorted(shiftable, key=lambda fold: fold.group))
 
 
 # The greatest relative change of the output by a true fold; norms that compute in float32 err by 1e-7.
@@ -137,6 +171,37 @@ def _preserves_output(
             value = fold.vector(parameter, value, scale)
         return value
 
+    return _same_output(block, call, hidden, structure, matrix=matrix, vector=vector)
+
+
+def _with_bias(block: nn.Module, call: BlockCall, hidden: Tensor, structure: BlockStructure, fold: Fold) -> Fold:
+    """The fold with its `bias`, if one of the producer's vectors proves to be one."""
+    biases = {ref.bias for ref in fold.consumers}
+    if fold.kind != "norm" or None in biases or len(biases) < len(fold.consumers):
+        return fold
+    generator = torch.Generator().manual_seed(0)
+    shift = 2 * torch.rand(fold.n_free, generator=generator, dtype=torch.float64) - 1
+    for part in fold.producer:
+        trial = replace(fold, bias=part.parameter)
+
+        def vector(path: str, value: Tensor, trial: Fold = trial) -> Tensor:
+            return trial.shifted(path, value, shift, lambda ref: ref.read(block))
+
+        if _same_output(block, call, hidden, structure, matrix=lambda _, weight: weight, vector=vector):
+            return trial
+    return fold
+
+
+def _same_output(
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    structure: BlockStructure,
+    *,
+    matrix: Callable[[WeightRef, Tensor], Tensor],
+    vector: Callable[[str, Tensor], Tensor],
+) -> bool:
+    """Whether changed parameters (see `run_exactly`) leave the block's output alone."""
     before = run_exactly(block, call, hidden, structure, matrix=lambda _, weight: weight, vector=lambda _, value: value)
     after = run_exactly(block, call, hidden, structure, matrix=matrix, vector=vector)
     return bool((after - before).abs().max() <= _TOLERANCE * before.abs().max())

@@ -67,10 +67,11 @@ class LinearOperations:
 
     The views that modules make on the way to an operation (a transpose, one expert's slice) keep the address,
     so address, shape and strides say which weight is meant. Addresses are taken once, at construction:
-    parameters may be rewritten in place afterwards, but not replaced or moved.
+    parameters may be rewritten in place afterwards, but not replaced or moved. Where a call replaces vectors of the
+    block by others, `vectors` are those, by path: else a bias among them would be nobody's.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, vectors: Mapping[str, Tensor] | None = None) -> None:
         self._stored: dict[int, list[_Stored]] = {}
         self._biases: dict[int, str] = {}
         for name, parameter in block.named_parameters():
@@ -84,6 +85,7 @@ class LinearOperations:
                 if value.ndim == 3:
                     for index, matrix in enumerate(value.unbind(0)):
                         self._store(_Stored(name, index, matrix))
+        self._biases |= {value.data_ptr(): name for name, value in (vectors or {}).items()}
 
     def _store(self, stored: _Stored) -> None:
         self._stored.setdefault(stored.value.data_ptr(), []).append(stored)

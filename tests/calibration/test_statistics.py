@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qbench.calibration.statistics import AbsMax, AbsMean, Hessian
+from qbench.calibration.statistics import AbsMax, AbsMean, CrossMoment, Hessian
 
 KINDS = {
     Hessian: lambda x: (x.double().t() @ x.double()) / len(x),
@@ -109,3 +109,80 @@ def test_inputs_are_left_alone(kind):
     before = x.clone()
     _statistic(kind, x)
     assert torch.equal(x, before)
+
+
+# ------------------------------------------------------------------ of two streams
+
+
+def _pair():
+    x = _inputs()
+    return x + 0.3 * _inputs(seed=5)[:, torch.arange(7).flip(0)], x
+
+
+def _cross(*batches):
+    statistic = CrossMoment(7, torch.device("cpu"))
+    for full, x in batches:
+        statistic.update(x, full)
+    return statistic
+
+
+def _cross_by_definition(full, x):
+    return ((full.double() - x.double()).t() @ x.double()) / len(x)
+
+
+def _near(found, full, x):
+    """Relative to each channel's own size, on both streams."""
+    size = (full - x).double().square().mean(0).sqrt()[:, None] * x.double().square().mean(0).sqrt()
+    return bool(((found.double() - _cross_by_definition(full, x)).abs() <= 1e-5 * size).all())
+
+
+def test_the_cross_moment_is_of_what_the_streams_differ_by_and_the_quantized_one():
+    full, x = _pair()
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    ways = [
+        [(full, x)],
+        list(zip(full[shuffled].split([1, 0, 20, 39]), x[shuffled].split([1, 0, 20, 39]))),
+        [(full[:40].view(2, 20, 7), x[:40].view(2, 20, 7)), (full[40:].view(4, 5, 7), x[40:].view(20, 7))],
+    ]
+    for batches in ways:
+        found = _cross(*batches)
+        assert found.tokens == 60
+        assert found.value().dtype == torch.float32
+        assert _near(found.value(), full, x)
+        found.finish()
+        assert _near(found.value(), full, x)
+    assert CrossMoment.paired
+    assert not _cross((x, x)).value().any()
+    assert not _cross((x[:0], x[:0])).value().any()
+    assert not torch.allclose(found.value(), found.value().t())
+
+
+def test_the_cross_moment_follows_a_rescaled_input():
+    full, x = _pair()
+    scale = torch.rand(7, generator=torch.Generator().manual_seed(2)) + 0.5
+    assert _near(_cross((full, x)).rescaled(scale).value(), full.double() / scale, x.double() / scale)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_moments_follow_a_transformed_input(finished):
+    full, x = _pair()
+    matrix = torch.randn(7, 7, generator=torch.Generator().manual_seed(3))
+    for statistic, expected in (
+        (_statistic(Hessian, x), KINDS[Hessian](x @ matrix)),
+        (_cross((full, x)), _cross_by_definition(full @ matrix, x @ matrix)),
+    ):
+        if finished:
+            statistic.finish()
+        found = statistic.transformed(lambda rows: rows @ matrix)
+        assert type(found) is type(statistic)
+        assert found.tokens == 60
+        assert torch.allclose(found.value().double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+        if not finished:
+            found.update(*(x @ matrix,) if type(found) is Hessian else (x @ matrix, full @ matrix))
+            assert found.tokens == 120
+            assert torch.allclose(found.value().double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
+def test_half_precision_differences_are_taken_in_float32():
+    full, x = (part.bfloat16() for part in _pair())
+    assert _near(_cross((full, x)).value(), full, x)

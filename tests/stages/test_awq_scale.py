@@ -7,11 +7,15 @@ import torch
 
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
-from qbench.formats import uniform
-from qbench.stages.transform_awq import SMALLEST, awq_scale, hessian_error, weight_salience
+from qbench.errors import SpecError
+from qbench.formats import fake_quantize, uniform
+from qbench.formats.scheme import Scheme
+from qbench.stages.pipeline import build_pipeline
+from qbench.stages.transform_awq import SMALLEST, AwqScale, awq_scale, hessian_error, weight_salience
 from qbench.structure.blocks import capture_calls, find_blocks
 from tests.architectures import tiny_model, tokens
 from tests.engine.helpers import InputsOf, comparable, decoded, recipe, structure_of
+from tests.stages import scopes
 from tests.stages.references import correlated_inputs, output_error, round_to_nearest, second_moment
 
 BITS, GROUP, N_GRID = 3, 8, 20
@@ -251,3 +255,50 @@ def test_the_order_of_the_sequences_does_not_matter():
     assert ratios[0] == ratios[1]
     for path, value in one.weights.tensors.items():
         assert torch.isclose(value, other.weights.tensors[path], rtol=1e-3, atol=1e-6).float().mean() > 0.99
+
+
+# ------------------------------------------------------------------ with quantized inputs
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_with_weight_act_the_loss_is_that_of_quantized_inputs_too(static):
+    model, calibration = _model("llama")
+    fmt = uniform(bits=4, group_size=GROUP, symmetric=False)
+    inputs = scopes.inputs_of(4, static=static)
+    plain, both = (
+        AwqScale(weight_act=weight_act).apply(scopes.view_of(model, calibration, fmt, inputs, index=1))
+        for weight_act in (False, True)
+    )
+    without = AwqScale().apply(scopes.view_of(model, calibration, fmt, index=1))
+    assert plain.metrics == without.metrics  # inputs don't count unless asked for
+    assert all(torch.equal(value, without.parameters[path]) for path, value in plain.parameters.items())
+    for names, scope in SITES["llama"]:
+        found = {m: value for where, m, value in both.metrics if where == f"{names[0]}.weight"}
+        site = _Search(model, calibration, 1, names, scope)
+        losses = [
+            scopes.loss_by_definition(
+                model,
+                calibration,
+                1,
+                names,
+                scope,
+                scale=awq_scale(site.x.abs().mean(0), step / N_GRID),
+                weights=lambda weight: fake_quantize(weight, fmt),
+                inputs=lambda x: scopes.rounded_inputs(x, 4, static=static),
+            )
+            for step in range(N_GRID)
+        ]
+        chosen = losses[round(found["awq_ratio"] * N_GRID)]
+        assert chosen <= min(losses) * (1 + 1e-2)
+        assert found["awq_loss_vs_rtn"] == pytest.approx(chosen / losses[0], rel=2e-2)
+    assert [m for m in both.metrics if m[1] == "awq_ratio"] != [m for m in plain.metrics if m[1] == "awq_ratio"]
+
+
+def test_weight_act_without_quantized_inputs_is_refused():
+    fmt, inputs = uniform(bits=4, group_size=GROUP, symmetric=False), scopes.inputs_of(8, static=False)
+    pipeline = build_pipeline([{"stage": "awq_scale", "weight_act": True}, {"stage": "rtn"}])
+    pipeline.check(frozenset({fmt}), Scheme(weight=fmt, input=inputs))
+    with pytest.raises(SpecError, match=r"^algo\.weight_act=True.*quantized inputs") as refused:
+        pipeline.check(frozenset({fmt}), Scheme(weight=fmt))
+    assert "\n" not in str(refused.value)

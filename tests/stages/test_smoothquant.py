@@ -19,6 +19,7 @@ from qbench.stages.transform_smoothquant import SMALLEST, SmoothQuant, smooth_sc
 from qbench.structure.blocks import capture_calls, find_blocks, use_single_experts
 from tests.architectures import ARCHITECTURES, tiny_model, tokens
 from tests.engine.helpers import InputsOf, decoded
+from tests.stages import scopes
 
 W8 = uniform(bits=8, group_size=-1, symmetric=True)
 A8 = uniform(bits=8, group_size=-1, symmetric=True, scale="float32")
@@ -263,6 +264,85 @@ def test_eight_bit_layers_behind_loud_norms_lose_less():
 def test_alpha_is_a_share(alpha):
     with pytest.raises(SpecError, match=r"^algo\.alpha=.*a share from 0 to 1"):
         build_pipeline([{"stage": "smoothquant", "alpha": alpha}, {"stage": "rtn"}]).check(frozenset({W8}))
+
+
+# ------------------------------------------------------------------ the search
+
+
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+SEARCHED = [(QKV, "self_attn"), (["mlp.gate_proj", "mlp.up_proj"], "mlp"), (["mlp.down_proj"], None)]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_the_search_chooses_the_alpha_that_a_loop_over_whole_forwards_chooses(static):
+    model, calibration = scopes.loud("llama")
+    w5 = uniform(bits=5, group_size=-1, symmetric=True)
+    for index in range(2):
+        view = scopes.view_of(model, calibration, w5, scopes.inputs_of(5, static=static), index=index)
+        outcome = SmoothQuant(search=True, n_grid=10, all_folds=True).apply(view)
+        for names, scope in SEARCHED:
+            found = {m: value for where, m, value in outcome.metrics if where == f"{names[0]}.weight"}
+            group, _ = scopes.by_name(view, f"{names[0]}.weight")
+            a = _inputs(model, calibration, find_blocks(model)[1][index], group.weights[0]).abs().amax(0)
+            w = torch.cat([ref.read(view.block) for ref in group.weights]).abs().amax(0)
+            candidates = [torch.ones_like(a), *(a ** (k / 10) / w ** (1 - k / 10) for k in range(11))]
+            losses = [
+                scopes.loss_by_definition(
+                    model,
+                    calibration,
+                    index,
+                    names,
+                    scope,
+                    scale=scale,
+                    weights=lambda weight: fake_quantize(weight, w5),
+                    inputs=lambda x: scopes.rounded_inputs(x, 5, static=static),
+                )
+                for scale in candidates
+            ]
+            chosen = round(found["smooth_alpha"] * 10) + 1 if "smooth_alpha" in found else 0
+            assert losses[chosen] <= min(losses) * (1 + 2e-2)
+            assert found["smooth_loss_vs_none"] == pytest.approx(losses[chosen] / losses[0], rel=5e-2)
+            assert found["smooth_loss_vs_none"] < 0.9
+            assert torch.allclose(outcome.input_scales[group.index], candidates[chosen], rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_search_leaves_alone_what_no_alpha_makes_better_and_is_otherwise_as_good_as_every_alpha():
+    model, calibration = scopes.loud("opt")
+    fine, coarse = scopes.inputs_of(8, static=False), uniform(bits=3, group_size=-1, symmetric=True)
+    chosen = SmoothQuant(search=True, n_grid=1).apply(scopes.view_of(model, calibration, coarse, fine))
+    kept = {where for where, m, value in chosen.metrics if m == "smooth_loss_vs_none" and value == 1}
+    assert kept
+    assert not kept & {where for where, m, _ in chosen.metrics if m == "smooth_alpha"}
+    spreads = {where: value for where, m, value in chosen.metrics if m == "smooth_spread"}
+    assert all(spreads[where] == 1 for where in kept)
+    few, many = (
+        SmoothQuant(search=True, n_grid=n).apply(scopes.view_of(model, calibration, coarse, fine)) for n in (2, 8)
+    )
+    losses = [{w: v for w, m, v in o.metrics if m == "smooth_loss_vs_none"} for o in (few, many)]
+    assert all(losses[1][where] <= losses[0][where] * (1 + 1e-6) for where in losses[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"search": True, "alpha": 0.6}, "alpha"),
+        ({"n_grid": 5}, "n_grid"),
+        ({"search_tokens": 64}, "search_tokens"),
+        ({"search": True, "n_grid": 0}, "n_grid"),
+        ({"search": True, "search_tokens": 0}, "search_tokens"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(options, option):
+    with pytest.raises(SpecError, match=rf"^algo\.{option}=") as refused:
+        build_pipeline([{"stage": "smoothquant", **options}, {"stage": "rtn"}]).check(frozenset({W8}))
+    assert "\n" not in str(refused.value)
+
+
+def test_only_the_search_looks_at_a_sample():
+    assert SmoothQuant().scope_tokens == 0
+    assert SmoothQuant(search=True, search_tokens=77).scope_tokens == 77
 
 
 # ------------------------------------------------------------------ the statistic
