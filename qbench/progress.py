@@ -53,13 +53,14 @@ class SweepProgress:
         self._name, self._started = "load", time.monotonic()
         self._bars.reset(self._phase, description=f"{point.label}: load", total=None, visible=True, unit="")
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """One step of a phase of the running point."""
+    def phase(self, name: str, done: float, total: int, note: str = "") -> None:
+        """One step of a phase of the running point; note: what else there is to say, such as a loss."""
+        label = self._bars.tasks[self._phase].description.partition(":")[0]
         if name != self._name or done == 1:
-            label = self._bars.tasks[self._phase].description.partition(":")[0]
             self._bars.reset(self._phase, description=f"{label}: {name}", total=total, unit=UNITS.get(name, ""))
             self._name = name
-        self._bars.update(self._phase, completed=done, total=total)
+        description = f"{label}: {name}{f' ({note})' if note else ''}"
+        self._bars.update(self._phase, completed=done, total=total, description=description)
 
     def wait(self, point: Point) -> None:
         self._bars.update(self._phase, description=f"{point.label}: another process is at it", total=None)

@@ -30,8 +30,8 @@ from qbench.spec import EvaluationSpec, digest
 from qbench.store.database import Database, Heartbeat
 from qbench.store.records import Artifact, LayerMetric, Measurement, Outcome, RunColumns, RunRow
 
-#: Called with (phase, done, total).
-Progress = Callable[[str, int, int], None]
+#: Called with (phase, done, total) and, while a stage learns, how far it has come.
+Progress = Callable[..., None]
 
 Result = Literal["done", "failed", "busy"]
 
@@ -244,6 +244,7 @@ class _Job:
             receive=export.receive if export is not None else lambda finished: None,
             resume=self.resume,
             progress=partial(progress, "quantize"),
+            learning=partial(progress, "quantize"),
         )
 
 

@@ -4,7 +4,7 @@ stages say what they need and what they changed."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +33,9 @@ from qbench.structure.trace import BlockStructure, LinearGroup
 FUNCTION_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Metric = tuple[str, str, float]
+
+#: Called with (step, steps, loss).
+Report = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ class FinishedBlock:
 
 
 def quantize_block(
-    block: nn.Module, structure: BlockStructure, index: int, count: int, recipe: Recipe, streams: Streams
+    block: nn.Module,
+    structure: BlockStructure,
+    index: int,
+    count: int,
+    recipe: Recipe,
+    streams: Streams,
+    report: Report = lambda step, steps, loss: None,
 ) -> FinishedBlock:
     """Quantize `block`, number `index` of `count`, in place (it must be the caller's own copy); push the streams on.
 
@@ -99,11 +108,11 @@ def quantize_block(
     before the first that rounds, the ranges of what is quantized at run time are calibrated on the (transformed) block;
     a stage that needs the quantized stream settles group by group inside the one trip that also advances it; stages
     that learn see what enters the block on both streams. A stage after rounding makes the quantized stream take the
-    block again.
+    block again. report: how far a stage that learns has come in this block, with its loss.
     """
     check_finite(block, f"block {index}")
     pipeline = recipe.pipeline
-    work = _Work(block, structure, index, count, recipe, streams)
+    work = _Work(block, structure, index, count, recipe, streams, report)
     if streams.full is not None:
         work.follow_full()
     again = any(stage.trains or stage.kind == Kind.RECONSTRUCT for stage in pipeline.stages)
@@ -172,6 +181,7 @@ class _Work:
     count: int
     recipe: Recipe
     streams: Streams
+    report: Report
     probe: Probe | None = None
     run_time: FinishedBlock | None = None
     full_inputs: tuple[Tensor, ...] = ()
@@ -298,6 +308,7 @@ class _Work:
             targets=tuple(self.streams.full.chunks),
             student=make_student(self.block, self.whole, run_time.inputs, run_time.cache, call_of),
             teacher=teacher,
+            report=self.report,
         )
 
     def _spent(self, name: str, started: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from qbench.structure.trace import BlockStructure, trace_block
 
 #: Called with (finished blocks, all blocks) after every block.
 Progress = Callable[[int, int], None]
+
+#: Called with (blocks, all blocks, how far learning has come) after every step of a stage that learns.
+Learning = Callable[[float, int, str], None]
 
 
 @dataclass
@@ -63,6 +67,7 @@ def run_pass(
     receive: Callable[[FinishedBlock], None] = lambda finished: None,
     resume: ResumePoint | None = None,
     progress: Progress = lambda done, total: None,
+    learning: Learning = lambda done, total, note: None,
 ) -> PassResult:
     """Quantize every block of `source` under `recipe` (None: leave them as they are).
 
@@ -96,12 +101,16 @@ def run_pass(
             block = source.block(index)
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
             weights.receive_running(resume.restore(block, structure, index, recipe.scheme, source.count))
+
+    def report(index: int, step: int, steps: int, loss: float) -> None:
+        learning(index + step / steps, source.count, f"step {step}/{steps}, loss {loss:.3g}")
+
     for index in range(first, source.count):
         block = source.block(index)
         finished = FinishedBlock(index, block)
         if recipe is not None:
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
-            finished = quantize_block(block, structure, index, source.count, recipe, streams)
+            finished = quantize_block(block, structure, index, source.count, recipe, streams, partial(report, index))
             ledger.receive(finished, source.dtype)
             if keep_weights:
                 weights.receive(finished)

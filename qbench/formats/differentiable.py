@@ -183,8 +183,8 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """In chunks of rows. With i = 1 where the code does not saturate: dŵ/dw = i, dŵ/dV = s i, dŵ/ds = q - z - i w/s,
-        dŵ/dz = -s (1 - i)."""
+        """With i = 1 where codes do not saturate: dŵ/dw = i, dŵ/dV = s i, dŵ/ds = q - z - i w/s, dŵ/dz = -s (1 - i);
+        in chunks of rows."""
         saved, wanted = (*ctx.saved_tensors, grad), ctx.needs_input_grad
         found = [torch.empty_like(saved[k]) if wanted[k] else None for k in range(4)]
         rows = max(1, CHUNK // max(1, grad[0].numel()))

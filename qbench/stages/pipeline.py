@@ -114,7 +114,8 @@ class Pipeline:
     def check(self, formats: frozenset[TensorFormat], scheme: Scheme | None = None) -> None:
         """Raises SpecError for formats that a stage cannot serve; `formats` are those of all quantized weights."""
         names = "+".join(stage.name for stage in self.stages)
-        if not formats and names not in ("", "rtn"):
+        idle = [stage.name for stage in self.stages if stage.kind != Kind.ROTATE and stage.name != "rtn"]
+        if not formats and idle:
             raise SpecError("format", "none", f"a weight format: {names} has nothing to do without one (algo=rtn can)")
         for stage, part in zip_longest(self.stages, self.parts):
             with _named(part):

@@ -235,13 +235,13 @@ class _Student:
 
 
 def _extremes(view: BlockView, fold: Fold) -> tuple[Tensor, Tensor]:
-    """Smallest and largest input of every free scale's channels, [n_free] each; 0 where no token was seen."""
+    """Smallest and largest input of every free scale's channels, [n_free] each; experts without tokens count as 0."""
     statistics = [
         view.statistics[index][Extremes]
         for index in (fold.group, *fold.extra_groups)
         if view.structure.groups[index].weights
     ]
-    ends = torch.stack([s.value() for s in statistics if s.tokens] or [torch.zeros_like(statistics[0].value())])
+    ends = torch.stack([statistic.value() for statistic in statistics])
     if not torch.isfinite(ends).all():
         raise NumericsError(f"{view.where}, {fold.consumers[0].name}: input of the layer is not finite")
     return _tied(ends[:, 0].amin(dim=0), fold, "amin"), _tied(ends[:, 1].amax(dim=0), fold, "amax")

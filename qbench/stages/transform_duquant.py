@@ -6,6 +6,7 @@ diagonal (one rotation for all blocks, section 3.2), P deals the channels out to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -151,12 +152,12 @@ class DuQuant(Stage):
         return Outcome(parameters=parameters, online=online, metrics=tuple(metrics))
 
     def _check_group(self, view: BlockView, group: LinearGroup) -> None:
-        size, n = self.block_size, group.in_features
-        if n % size:
-            fitting = [d for d in range(2, n + 1) if n % d == 0 and d <= 4 * size]
+        if group.in_features % self.block_size:
+            common = math.gcd(*(other.in_features for other in view.groups))
+            fitting = ", ".join(str(d) for d in range(2, common + 1) if common % d == 0)
             raise StructureError(
-                f"{view.where}, {group.weights[0].name}: algo.block_size={size} does not divide its {n} inputs; "
-                f"{', '.join(map(str, fitting))} do"
+                f"{view.where}, {group.weights[0].name}: algo.block_size={self.block_size} does not divide its "
+                f"{group.in_features} inputs; sizes that fit every layer: {fitting or 'none'}"
             )
 
 

@@ -17,6 +17,8 @@ WeightKey = tuple[str, int | None]
 _MIN_DRAWS, _MAX_DRAWS = 2, 48
 # A path that is linear only up to some magnitude, as through a clamp, is not linear.
 _LARGE = 100.0
+# Seeds per draw, one for every weight: a generator on the CPU looks at the lowest 32 bits of its seed only.
+_DRAWS = 100_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +80,14 @@ class Skeleton:
             key = (use.parameter, use.index)
             if use.x.numel():
                 inputs[key] = use.x.detach().flatten(0, -2)
-            generator = torch.Generator().manual_seed((seed << 32) + self._ordinals[key])
+            generator = torch.Generator().manual_seed(seed * _DRAWS + self._ordinals[key])
             shape = (*use.x.shape[:-1], self._refs[key].out_features)
             noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self._device)
             if large and key not in self._routers:
                 noise *= -_LARGE
             return noise * rows[key].to(noise) if rows and key in rows else noise
 
-        generator = torch.Generator().manual_seed(seed << 32)
+        generator = torch.Generator().manual_seed(seed * _DRAWS)
         hidden = torch.randn(self._shape, generator=generator, dtype=torch.float64).to(self._device)
         values = {**self._fixed, **self.vectors, **(vectors or {})}
         with LinearReplacement(self._operations, compute):

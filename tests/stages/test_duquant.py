@@ -307,7 +307,9 @@ def test_dead_channels_and_groups_without_tokens():
 @torch.no_grad()
 def test_what_cannot_be_served_is_refused():
     view, _, _ = _view()
-    with pytest.raises(StructureError, match=r"q_proj.weight: algo.block_size=128 does not divide its 32 inputs; 2, 4"):
+    with pytest.raises(
+        StructureError, match=r"q_proj.weight: algo.block_size=128 does not divide its 32 inputs; .*: 2, 4, 8, 16$"
+    ):
         DuQuant().apply(view)
     view.statistics[0][LoudestTokens].rows[2, 2] = math.inf
     with pytest.raises(NumericsError, match=r"q_proj.weight: input of the layer is not finite"):

@@ -179,6 +179,16 @@ def test_shifts_are_learned_where_there_are_biases_and_inputs_are_quantized():
     assert all(torch.equal(names[0][path], names[1][path]) for path in names[1])
 
 
+def test_query_heads_of_one_value_head_share_the_scale_of_their_extremes():
+    view = learning_view("llama", BOTH)
+    view.statistics[1][Extremes].ends[:] = torch.tensor([[-9.0], [0.5]]) * torch.linspace(0.1, 1, 32)  # low ends count
+    outcome = OmniQuant(epochs=0, grouped_heads=True, alpha=0.6).apply(view)
+    a = (9 * torch.linspace(0.1, 1, 32)).view(2, 2, 8).amax(1)  # key/value heads, query heads of each, features
+    w = view.block.self_attn.o_proj.weight.detach().abs().amax(0).view(2, 2, 8).amax(1)
+    found = outcome.input_scales[1].view(2, 2, 8)
+    assert torch.allclose(found, (a**0.6 / w**0.4)[:, None].expand(2, 2, 8), rtol=1e-4)
+
+
 def test_scales_begin_at_one_behind_a_search_that_gave_ranges():
     view = learning_view("opt", BOTH)
     name, ref = next(iter(refs_of(view).items()))

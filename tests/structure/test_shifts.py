@@ -1,6 +1,7 @@
 """Shifts that move from a norm's bias into the biases of the layers behind it: offered where they exist, and exact."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,10 @@ def test_a_shift_subtracts_from_the_channels_and_its_inverse_restores():
         assert torch.allclose(there[ref.bias] - parameters[ref.bias], ref.of(parameters[ref.parameter]) @ shift)
     for path, value in (there | fold.apply_shift(there, -shift)).items():
         torch.testing.assert_close(value, parameters[path], rtol=1e-13, atol=1e-13)
+    crossed = replace(fold, channels=torch.arange(32).flip(0))  # free shift k is channel 31 - k's
+    for ref in fold.consumers:
+        taken = crossed.apply_shift(parameters, shift)[ref.bias] - parameters[ref.bias]
+        assert torch.allclose(taken, ref.of(parameters[ref.parameter]) @ shift.flip(0))
     for wrong in (shift[:-1], shift * torch.nan):
         with pytest.raises(NumericsError, match="shifts must be 32 finite numbers"):
             fold.apply_shift(parameters, wrong)
