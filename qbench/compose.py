@@ -22,6 +22,7 @@ from qbench.formats.scheme import Scheme
 from qbench.scheme import build_scheme
 from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec
 from qbench.stages.pipeline import Pipeline, build_pipeline
+from qbench.stages.rotation import RotateStage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLERS = ("random", "sequential")
@@ -92,6 +93,9 @@ def freeze(config: DictConfig) -> Point:
     pipeline.check(scheme.weights, scheme)
     device = _device(values["device"])
     source = choice("source", values["source"], SOURCES)
+    learned = [stage.name for stage in pipeline.stages if isinstance(stage, RotateStage) and stage.learned]
+    if learned and source != "memory":
+        raise SpecError("source", source, f"memory with {learned[0]}, which learns on the whole model")
     evaluations, corpora = _evaluations(values["eval"], source)
     needs_data = pipeline.needs_data or (bool(pipeline.stages) and scheme.needs_data)
     calibration_spec, calibration = _calibration(values["calib"], needs_data)

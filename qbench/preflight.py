@@ -11,6 +11,8 @@ from qbench.compose import Point
 from qbench.engine.kv import check_cache
 from qbench.errors import SpecError
 from qbench.formats.scheme import Scheme
+from qbench.stages.base import WeightShape
+from qbench.stages.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +37,7 @@ def check_point(point: Point, skeleton: PreTrainedModel) -> None:
     shapes, blocks = linear_shapes(skeleton)
     check_overrides(point.scheme, shapes, blocks)
     check_groups(point.scheme, shapes, blocks)
+    check_stages(point.pipeline, point.scheme, shapes, blocks)
     check_attention(point, skeleton, blocks)
 
 
@@ -109,6 +112,18 @@ def check_groups(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> None
                 f"groups of {inputs.format.block.columns} do not divide in_features {shape.in_features} of "
                 f"{shape.name}; sizes that fit every layer: {_fitting(shapes)}",
             )
+
+
+def check_stages(pipeline: Pipeline, scheme: Scheme, shapes: list[LinearShape], blocks: int) -> None:
+    """Every stage must be able to serve every quantized weight of the blocks."""
+    inside = [shape for shape in shapes if shape.block is not None]
+    quantized = [
+        WeightShape(name=shape.name, format=fmt, out_features=shape.out_features, in_features=shape.in_features)
+        for shape in inside
+        if (fmt := scheme.of_weight(shape.path, shape.block, blocks)) is not None
+    ]
+    for stage in pipeline.stages:
+        stage.check_shapes(quantized)
 
 
 def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> None:

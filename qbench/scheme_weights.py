@@ -14,7 +14,7 @@ from qbench.formats.scale import PowerOfTwo
 
 #: Options of the weight format; an override may set each of them.
 WEIGHT_KEYS = ("format", "bits", "group_size", "symmetric", "zero_point", "reach", "scale_dtype", "tile", "range")
-RANGE_KEYS = ("method", "norm", "grid", "max_shrink", "percentile")
+RANGE_KEYS = ("method", "norm", "grid", "max_shrink", "percentile", "share")
 
 TERNARY_BITS, FULL_BITS = 1.58, 16
 DEFAULT_BITS, DEFAULT_GROUP = 4, 64
@@ -128,18 +128,20 @@ def _with_range(fmt: TensorFormat, node: Mapping[str, Any] | None) -> TensorForm
     if node.get("method") is None:
         _refuse_range_options(node, fmt.range.method)
         return fmt
-    method = choice("range.method", node["method"], ("minmax", "mse", "percentile", "absmean"))
+    method = choice("range.method", node["method"], ("minmax", "mse", "percentile", "share", "absmean"))
     if method == "absmean" and fmt.element != TERNARY:
         raise SpecError("range.method", method, "minmax, mse or percentile: absmean is for ternary weights (bits=1.58)")
     if fmt.zero == "float" and method == "mse":
         raise SpecError("range.method", method, "minmax or percentile: mse shrinks ranges around 0 (zero_point=float)")
     _refuse_range_options(node, method)
+    if method == "share" and node.get("share") is None:
+        raise SpecError("range.share", None, "with range.method=share: the share of each range to keep, such as 0.9")
     given = {key: node[key] for key in RANGE_KEYS[1:] if node.get(key) is not None}
     return replace(fmt, range=RangeFit(method=method, **_range_values(given)))
 
 
 def _range_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    limits = {"norm": (0.1, 10), "grid": (1, 10_000), "max_shrink": (0, 1), "percentile": (50, 100)}
+    limits = {"norm": (0.1, 10), "grid": (1, 10_000), "max_shrink": (0, 1), "percentile": (50, 100), "share": (0, 1)}
     values = {}
     for key, value in given.items():
         low, high = limits[key]
@@ -151,7 +153,7 @@ def _range_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_range_options(node: Mapping[str, Any] | None, method: str) -> None:
-    used = {"mse": ("norm", "grid", "max_shrink"), "percentile": ("percentile",)}.get(method, ())
+    used = {"mse": ("norm", "grid", "max_shrink"), "percentile": ("percentile",), "share": ("share",)}.get(method, ())
     for key in RANGE_KEYS[1:]:
         if (node or {}).get(key) is not None and key not in used:
             raise SpecError(f"range.{key}", node[key], f"nothing: range.method={method} does not use it")

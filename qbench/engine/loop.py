@@ -213,10 +213,18 @@ class _Work:
             self.scopes = self.probe.scopes(self.block, self.structure) if pipeline.scope_tokens else {}
         self.collect(pipeline.needs("full"))
         self.partners = Partners() if self.recipe.pairs else None
-        self.full_inputs = tuple(stream.chunks) if pipeline.trains else ()
+        keep = pipeline.trains or any(stage.moves_inputs for stage in pipeline.stages)
+        self.full_inputs = tuple(stream.chunks) if keep else ()
         started = time.perf_counter()
         stream.observe(self.block, self.index, self.structure, self.observe_full)
         self.metrics.append(("", "full_stream_s", time.perf_counter() - started))
+
+    def observe_again(self) -> None:
+        """Collect the full-precision stream's statistics anew, on the block as it is now."""
+        stream = self.streams.full
+        self.collect(self.recipe.pipeline.needs("full"))
+        self.partners = Partners() if self.recipe.pairs else None
+        Stream(self.full_inputs, stream.calls).observe(self.block, self.index, self.structure, self.observe_full)
 
     def calibrated(self) -> FinishedBlock:
         """What is quantized while the block, as it is now, runs: the inputs of its weights, its cache."""
@@ -285,6 +293,11 @@ class _Work:
         if stage.kind == Kind.ROUND:
             self.metrics += layer_metrics(self.block, groups, outcome, self.statistics, spent)
         self._install(outcome)
+        later = self._later(stage)
+        if outcome.observe_again and any(other.needs for other in later):
+            self.observe_again()
+        if outcome.parameters and any(other.scope_tokens for other in later):
+            self.scopes = self.probe.scopes(self.block, self.structure)
         if stage.kind == Kind.TRANSFORM or (stage.transforms and outcome.parameters):
             self.guard(stage)
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
@@ -310,6 +323,10 @@ class _Work:
             teacher=teacher,
             report=self.report,
         )
+
+    def _later(self, stage: Stage) -> tuple[Stage, ...]:
+        stages = self.recipe.pipeline.stages
+        return stages[stages.index(stage) + 1 :]
 
     def _spent(self, name: str, started: float) -> float:
         spent = time.perf_counter() - started

@@ -8,7 +8,7 @@ have the same shape: `view.groups` says what the call is about.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -48,6 +48,16 @@ class Need:
 
     statistic: type[Statistic]
     stream: StreamName
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightShape:
+    """A weight that is going to be quantized, or all experts' slices of one parameter."""
+
+    name: str
+    format: TensorFormat
+    out_features: int
+    in_features: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,8 @@ class Outcome:
     """What a stage decided. parameters: changed full-precision parameters of the block by path. input_scales: by
     group, the vector [in] by which the group's input is now divided. online: by group, what the group's input goes
     through from now on, whenever the block runs. ranges, codes: by weight name. metrics: (module, name, value) for the
-    layer metrics."""
+    layer metrics. observe_again: inputs of layers changed in a way that statistics cannot follow (a shift), so that
+    later stages need them collected anew."""
 
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     input_scales: Mapping[int, Tensor] = field(default_factory=dict)
@@ -125,6 +136,7 @@ class Outcome:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     codes: Mapping[str, QTensor] = field(default_factory=dict)
     metrics: tuple[tuple[str, str, float], ...] = ()
+    observe_again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +159,21 @@ class Stage(ABC):
     trains: ClassVar[bool] = False
 
     @property
+    def needs_data(self) -> bool:
+        """Whether calibration text changes what the stage does."""
+        return bool(self.needs) or self.scope_tokens > 0 or self.trains
+
+    @property
+    def moves_inputs(self) -> bool:
+        """Whether an outcome may ask for statistics to be collected anew (`observe_again`)."""
+        return False
+
+    @property
+    def uses_ranges(self) -> bool:
+        """Whether a stage that rounds does so on the ranges that an earlier one chose."""
+        return True
+
+    @property
     def online(self) -> bool:
         """Whether inputs of linear layers go through something else at run time, which no plain checkpoint can say."""
         return False
@@ -166,6 +193,10 @@ class Stage(ABC):
 
     def check_scheme(self, scheme: Scheme) -> None:  # noqa: B027 - most stages look at weights only
         """Raises SpecError for formats of inputs or cache that the stage cannot serve; called right after `check`."""
+
+    def check_shapes(self, shapes: Sequence[WeightShape]) -> None:  # noqa: B027 - most stages take any
+        """Raises SpecError for quantized weights of the blocks that the stage cannot serve; called before weights
+        load, from the model's configuration."""
 
     @abstractmethod
     def apply(self, view: BlockView) -> Outcome:

@@ -64,6 +64,13 @@ class Pipeline:
                     raise SpecError(
                         "algo.pipeline", names, f"{other.name} before {stage.name}: it looks at inputs as they are"
                     )
+        rotating = [stage.name for stage in self.stages if stage.kind == Kind.ROTATE]
+        if len(rotating) > 1:  # the second would undo what the first is good for
+            raise SpecError("algo.pipeline", names, f"one stage at most that rotates the model; {rotating} do")
+        for place, stage in enumerate(self.stages):
+            chosen = [other.name for other in self.stages[:place] if other.kind == Kind.RANGE]
+            if stage.kind == Kind.ROUND and chosen and not stage.uses_ranges:
+                raise SpecError("algo.pipeline", names, f"no {chosen[0]}: {stage.name} has ranges of its own")
         behind = [stage.name for stage in self.stages if any(need.stream == "quantized" for need in stage.needs)]
         if len(behind) > 1:  # each would push that stream through the block once more
             raise SpecError("algo.pipeline", names, f"one stage at most behind quantized groups; {behind} are")
@@ -80,7 +87,7 @@ class Pipeline:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text changes the result."""
-        return any(stage.needs or stage.scope_tokens or stage.trains for stage in self.stages)
+        return any(stage.needs_data for stage in self.stages)
 
     @property
     def zero_point(self) -> str:

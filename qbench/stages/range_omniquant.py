@@ -73,6 +73,10 @@ class OmniQuant(Stage):
         starts = self.let is not False and self.let_init != "identity"
         return frozenset({Need(Extremes, "full")}) if starts else frozenset()
 
+    @property
+    def moves_inputs(self) -> bool:
+        return self.shift and self.let is not False
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         rates = {"lwc_lr": self.lwc_lr, "let_lr": self.let_lr, "weight_decay": self.weight_decay}
         check_training(lr=rates, batch_size=self.batch_size, epochs=self.epochs)
@@ -134,6 +138,7 @@ class OmniQuant(Stage):
             input_scales=scales,
             ranges=student.ranges(changed),
             metrics=(*report.metrics(self.name), *shares, *spreads),
+            observe_again=any(learned.shift is not None for learned in folds),
         )
 
     def _groups(self, student: _Student) -> list[Learned]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from qbench.calibration.statistics import Hessian
 from qbench.errors import NumericsError, SpecError
 from qbench.formats import Block, QTensor, Range, TensorFormat, fit, quantize
-from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
+from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, WeightShape, require
 from qbench.stages.gptq_core import gptq
 
 Solver = Literal["rtn", "gptq"]
@@ -102,6 +103,10 @@ class AdaDim(Stage):
                 self.solver,
                 f"rtn with {fmt.label}: its scales are quantized together, so that none is known before all are",
             )
+
+    def check_shapes(self, shapes: Sequence[WeightShape]) -> None:
+        for shape in shapes:
+            require_fit(shape.format, shape.out_features, shape.name)
 
     def apply(self, view: BlockView) -> Outcome:
         codes: dict[str, QTensor] = {}

@@ -100,6 +100,10 @@ class Quip(Stage):
     def uses_random(self) -> bool:
         return self.incoherence
 
+    @property
+    def uses_ranges(self) -> bool:
+        return not self.incoherence
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(0 <= self.damp <= 10, "algo.damp", self.damp, "a share of mean(diag H) from 0 to 10 (authors: 0.01)")
         require(0 < self.rho <= 100, "algo.rho", self.rho, "a factor above 0, at most 100 (authors: 2.4)")

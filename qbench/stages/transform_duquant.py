@@ -7,6 +7,7 @@ diagonal (one rotation for all blocks, section 3.2), P deals the channels out to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +15,10 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import LoudestTokens
-from qbench.errors import NumericsError, StructureError
+from qbench.errors import NumericsError
 from qbench.formats import TensorFormat
-from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
+from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, WeightShape, require
 from qbench.structure.online import Chain, MatrixTransform
-from qbench.structure.trace import LinearGroup
 
 
 def base_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -128,11 +128,14 @@ class DuQuant(Stage):
         require(times >= 0, "algo.permutation_times", times, "a number of permutations >= 0 (authors: 1)")
         require(self.sample_tokens >= 1, "algo.sample_tokens", self.sample_tokens, "a number of tokens >= 1")
 
+    def check_shapes(self, shapes: Sequence[WeightShape]) -> None:
+        require_fit(self.block_size, [(shape.name, shape.in_features) for shape in shapes])
+
     def apply(self, view: BlockView) -> Outcome:
         parameters: dict[str, Tensor] = {}
         online, metrics = {}, []
         for group in view.groups:
-            self._check_group(view, group)
+            require_fit(self.block_size, [(f"{view.where}, {group.weights[0].name}", group.in_features)])
             statistic = view.statistics[group.index][LoudestTokens]
             if not statistic.tokens:
                 continue
@@ -151,14 +154,18 @@ class DuQuant(Stage):
             metrics.append((group.weights[0].name, "duquant_peak", peak))
         return Outcome(parameters=parameters, online=online, metrics=tuple(metrics))
 
-    def _check_group(self, view: BlockView, group: LinearGroup) -> None:
-        if group.in_features % self.block_size:
-            common = math.gcd(*(other.in_features for other in view.groups))
-            fitting = ", ".join(str(d) for d in range(2, common + 1) if common % d == 0)
-            raise StructureError(
-                f"{view.where}, {group.weights[0].name}: algo.block_size={self.block_size} does not divide its "
-                f"{group.in_features} inputs; sizes that fit every layer: {fitting or 'none'}"
-            )
+
+def require_fit(block_size: int, layers: Sequence[tuple[str, int]]) -> None:
+    """Raises SpecError unless blocks of so many channels tile the inputs of all layers (name, in_features)."""
+    common = math.gcd(*(width for _, width in layers))
+    fitting = ", ".join(str(d) for d in range(2, common + 1) if common % d == 0)
+    for name, width in layers:
+        require(
+            width % block_size == 0,
+            "algo.block_size",
+            block_size,
+            f"a divisor of the {width} inputs of {name}; sizes that fit every layer: {fitting or 'none'}",
+        )
 
 
 def loudest(tokens: Tensor, count: int) -> Tensor:

@@ -66,6 +66,10 @@ class OsPlus(Stage):
     def scope_tokens(self) -> int:
         return self.search_tokens
 
+    @property
+    def moves_inputs(self) -> bool:
+        return self.shift
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(self.n_grid >= 1, "algo.n_grid", self.n_grid, "a number of steps >= 1 (authors: 100)")
         require(
@@ -85,16 +89,18 @@ class OsPlus(Stage):
         parameters = dict(view.block.named_parameters())
         changed: dict[str, Tensor] = {}
         scales: dict[int, Tensor] = {}
+        shifted = False
         metrics = []
         for fold, (shift, free, found) in [(f, self._search(view, f)) for f in folds if fold_groups(view, f)]:
             if shift is not None:
                 # Before the scale: what the biases take back is W z with the columns as they were.
                 changed |= fold.apply_shift(parameters | changed, shift)
+                shifted = True
             changed |= fold.apply(parameters | changed, free)
             for index in (fold.group, *fold.extra_groups):
                 scales[index] = free[fold.channels]
             metrics += [(fold.consumers[0].name, *metric) for metric in found]
-        return Outcome(parameters=changed, input_scales=scales, metrics=tuple(metrics))
+        return Outcome(parameters=changed, input_scales=scales, metrics=tuple(metrics), observe_again=shifted)
 
     def _search(self, view: BlockView, fold: Fold) -> tuple[Tensor | None, Tensor, list[tuple[str, float]]]:
         """Free shift (None: there is none) and scale [n_free] of one fold, and the metrics of the search."""

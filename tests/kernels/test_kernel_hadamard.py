@@ -118,3 +118,12 @@ def test_triton_folds_what_a_program_cannot_hold_into_the_base(device, monkeypat
     for n in [256, 192]:
         x = _x(2, n).to(device)
         _check(hadamard(x, _base(n), backend="triton"), x, n)
+
+
+def test_triton_has_the_gradient_of_the_reference(device):
+    for n in (64, 48):
+        x, weight = _x(3, n).to(device).requires_grad_(), _x(3, n + 1)[:, :n].to(device)
+        (hadamard(x, _base(n), backend="triton") * weight).sum().backward()
+        _check(x.grad, weight, n) if n == 64 else None  # Sylvester's matrix is its own inverse
+        expected = torch.autograd.functional.vjp(lambda v, n=n: hadamard(v, _base(n)), x.detach().cpu(), weight.cpu())
+        assert torch.allclose(x.grad.cpu(), expected[1], atol=1e-5)

@@ -130,6 +130,18 @@ def test_what_is_orthogonal_stays_as_it_is_and_what_is_not_becomes_so():
     assert torch.allclose(unit_rows(disturbed).norm(dim=1), torch.ones(8, dtype=F64))
 
 
+def test_every_so_many_steps_columns_are_made_orthogonal_and_every_step_makes_rows_one_long():
+    disturbed = _orthogonal(6) + 1e-2 * _normal(6, 6)
+    for every, orthogonal in ((3, [False, False, True]), (1, [True, True, True])):
+        x = torch.nn.Parameter(disturbed.clone())
+        optimizer = CayleySGD([x], lr=1.0, retract_every=every)
+        x.grad = torch.zeros_like(x)
+        for expected in orthogonal:
+            optimizer.step()
+            assert (_off(x.detach()) < 1e-12) == expected
+            assert torch.allclose(x.detach().norm(dim=1), torch.ones(6, dtype=F64))
+
+
 def test_parameters_without_a_gradient_stay_and_the_cosine_ends_at_nothing():
     x = torch.nn.Parameter(_orthogonal(4))
     before = x.detach().clone()

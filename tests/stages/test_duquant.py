@@ -10,10 +10,10 @@ from qbench.calibration.statistics import AbsMax, LoudestTokens
 from qbench.engine.loop import Recipe
 from qbench.engine.passes import StructureCache, embed, run_pass
 from qbench.engine.source import MemorySource
-from qbench.errors import NumericsError, SpecError, StructureError
+from qbench.errors import NumericsError, SpecError
 from qbench.formats import uniform
 from qbench.formats.scheme import InputFormat, Override, Scheme
-from qbench.stages.base import BlockView
+from qbench.stages.base import BlockView, WeightShape
 from qbench.stages.pipeline import build_pipeline
 from qbench.stages.transform_duquant import (
     DuQuant,
@@ -307,10 +307,14 @@ def test_dead_channels_and_groups_without_tokens():
 @torch.no_grad()
 def test_what_cannot_be_served_is_refused():
     view, _, _ = _view()
-    with pytest.raises(
-        StructureError, match=r"q_proj.weight: algo.block_size=128 does not divide its 32 inputs; .*: 2, 4, 8, 16$"
-    ):
+    refusal = r"algo.block_size=128: a divisor of the 32 inputs of .*q_proj.weight; sizes that fit every layer: "
+    with pytest.raises(SpecError, match=refusal):
         DuQuant().apply(view)
+    widths = {"q_proj.weight": 32, "down_proj.weight": 48}
+    shapes = [WeightShape(name=name, format=W4, out_features=8, in_features=width) for name, width in widths.items()]
+    with pytest.raises(SpecError, match=f"{refusal}2, 4, 8, 16$"):
+        DuQuant().check_shapes(shapes)
+    DuQuant(block_size=16).check_shapes(shapes)
     view.statistics[0][LoudestTokens].rows[2, 2] = math.inf
     with pytest.raises(NumericsError, match=r"q_proj.weight: input of the layer is not finite"):
         DuQuant(block_size=16).apply(view)

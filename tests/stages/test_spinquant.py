@@ -1,6 +1,7 @@
 """SpinQuant: what is differentiated is what is run, learning lowers it, and what it starts from is QuaRot."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -121,6 +122,20 @@ def test_it_is_deterministic_by_seed_and_every_number_counts():
     assert torch.equal(plain, _learn(steps=5).r1)
     for other in ({"seed": 1}, {"lr": 0.3}, {"momentum": 0.9}, {"batch_size": 1}, {"steps": 6}):
         assert not torch.allclose(plain, _learn(**{"steps": 5, **other}).r1, atol=1e-5)
+
+
+def test_the_rate_falls_along_half_a_cosine():
+    """Under a gradient that hardly changes, steps are as long as their rates."""
+    seen, slope = [], torch.randn(6, 6, generator=_generator())
+
+    def loss(r1, r2, sequences):
+        seen.append(r1.detach().clone())
+        return (r1 * slope).sum() + 0 * r2.sum()
+
+    _learn(lr=1e-3, steps=8, loss=loss)
+    moves = [(after - before).norm().item() for before, after in itertools.pairwise(seen)]
+    rates = [math.cos(math.pi * step / 8) + 1 for step in range(7)]
+    assert [move / moves[0] for move in moves] == pytest.approx([rate / rates[0] for rate in rates], rel=0.05)
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"steps": 0}])

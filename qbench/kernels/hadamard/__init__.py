@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,23 @@ def hadamard(x: Tensor, base: Tensor | None = None, *, backend: Backend | None =
         base = torch.ones(1, 1, device=x.device)
     rows = x.reshape(-1, n)
     if x.dtype != torch.float64 and choose(backend, x) == "triton":
+        return _Kernel.apply(rows, base).view(x.shape)
+    return reference.hadamard(rows, base).view(x.shape)
+
+
+class _Kernel(torch.autograd.Function):
+    """The Triton kernel with its gradient: the transform is linear and orthogonal, so that is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, base: Tensor) -> Tensor:
         from qbench.kernels.hadamard import triton
 
-        return triton.hadamard(rows, base).view(x.shape)
-    return reference.hadamard(rows, base).view(x.shape)
+        ctx.save_for_backward(base)
+        return triton.hadamard(rows, base)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        from qbench.kernels.hadamard import triton
+
+        (base,) = ctx.saved_tensors
+        return triton.hadamard(gradient.contiguous(), base.mT.contiguous()), None
