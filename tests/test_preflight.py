@@ -12,6 +12,7 @@ from qbench.formats import Block, Int, TensorFormat, uniform
 from qbench.formats.named import COMPOSITE
 from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
 from qbench.preflight import check_point, linear_shapes
+from qbench.stages.pipeline import build_pipeline
 from qbench.structure.blocks import find_blocks
 from tests.architectures import BLOCKS, HIDDEN, VOCABULARY, tiny_model
 
@@ -25,10 +26,19 @@ def _check(scheme, name="llama", *, lengths=(8,), calibration=None, **options):
     _check_model(model, scheme, lengths, calibration)
 
 
-def _check_model(model, scheme, lengths=(8,), calibration=None):
+RTN = [{"stage": "rtn"}]
+
+
+def _check_model(model, scheme, lengths=(8,), calibration=None, pipeline=RTN):
     spec = SimpleNamespace(calibration=calibration and SimpleNamespace(length=calibration), scheme=scheme)
     evaluations = tuple(SimpleNamespace(length=length) for length in lengths)
-    point = SimpleNamespace(scheme=scheme, evaluations=evaluations, model=SimpleNamespace(name="tiny"), spec=spec)
+    point = SimpleNamespace(
+        scheme=scheme,
+        evaluations=evaluations,
+        model=SimpleNamespace(name="tiny"),
+        spec=spec,
+        pipeline=build_pipeline(pipeline),
+    )
     check_point(point, model)
 
 
@@ -216,3 +226,17 @@ def test_an_override_of_experts_matches_them_by_name():
         _check(_override(modules="experts.down_proj"), "mixtral")
     with pytest.raises(SpecError, match=r"mlp\.experts"):
         _check(_override(modules="down_projection"), "mixtral")
+
+
+def test_a_stage_that_cannot_serve_a_weight_is_refused():
+    model, _ = tiny_model("llama")
+    duquant = [{"stage": "duquant"}, *RTN]
+    refusal = r"algo.block_size=128: a divisor of the 32 inputs of .*every layer: 2, 4, 8, 16$"
+    with pytest.raises(SpecError, match=refusal):
+        _check_model(model, Scheme(weight=_group(8)), pipeline=duquant)
+    _check_model(model, Scheme(weight=_group(8)), pipeline=[{"stage": "duquant", "block_size": 16}, *RTN])
+    adadim = [{"stage": "adadim"}]
+    _check_model(model, Scheme(weight=_group(16)), pipeline=adadim)
+    other, _ = tiny_model("llama", hidden_size=48)  # two key heads of 12 channels
+    with pytest.raises(SpecError, match=r"group_size=16: with algo=adadim a divisor of the 24 outputs"):
+        _check_model(other, Scheme(weight=_group(16)), pipeline=adadim)
