@@ -12,15 +12,40 @@ data, algorithm and number format becomes a row in a database.
 Keys are given as key=value; with -m a comma separates values to combine. Unknown keys are errors.
 
 model=smollm2-135m|tiny      the model; or model.path=<folder or hub id>
-algo=none|rtn|gptq|awq|hqq|smoothquant|magr   the algorithm; options, with their defaults:
+algo=gptq                    the algorithm, or several in a row: algo=quarot+awq_clip+gptq, whose options go by
+                             part: algo.gptq.damp=0.1. Options, with their defaults:
+  none, rtn: none
   gptq: algo.damp=0.01 algo.act_order=false algo.static_groups=false algo.block_size=128
         algo.scale_source=compensated|stale|original
+  gptaq: algo.alpha=0.25 algo.residual=running|upfront, and gptq's
+  quip: algo.incoherence=true algo.rescale=true algo.rho=2.4 algo.damp=0.01 algo.act_order=false
+        algo.greedy_passes=0
   awq:  algo.scale=true algo.clip=true algo.n_grid=20 algo.duo=false algo.grouped_heads=false
-        algo.search_tokens=1024 algo.clip_n_grid=20 algo.max_shrink=0.5
+        algo.search_tokens=1024 algo.weight_act=false algo.clip_n_grid=20 algo.max_shrink=0.5
         algo.clip_range=symmetric|asymmetric
   hqq:  algo.iterations=20 algo.beta=10 algo.kappa=1.01 algo.p=0.7 algo.round_zero=auto
-  smoothquant: algo.alpha=0.5 algo.all_folds=false
+  adadim: algo.solver=rtn|gptq algo.damp=0.01
+  mse_clip: algo.norm=2.4 algo.grid=100 algo.max_shrink=0.8;  percentile_clip: algo.percentile=99.9
   magr: algo.alpha=1e-3 algo.alpha_group=1e-4 algo.iterations=200, and gptq's
+  smoothquant: algo.alpha=0.5 algo.all_folds=false algo.search=false algo.n_grid=20 algo.search_tokens=1024
+  osplus: algo.shift=true algo.all_folds=false algo.n_grid=100 algo.smallest_threshold=1
+        algo.search_tokens=512
+  dgq:  algo.alpha=0.5 algo.percentile=99.5 algo.n_grid=20 algo.n_grid_channel=80 (scheme=w4a8)
+  duquant: algo.smooth=true algo.alpha=0.5 algo.all_folds=false algo.block_size=128
+        algo.max_rotation_step=256 algo.permutation_times=1 algo.sample_tokens=128
+  quarot: algo.rotate_mode=hadamard|random algo.residual=true algo.values=true algo.online_down=true
+        algo.online_o=heads|full|none algo.rotate_keys=true
+  spinquant: algo.lr=1.5 algo.steps=100 algo.batch_size=1 algo.momentum=0 algo.quantize_weights=true
+        algo.rotate_mode=hadamard|random algo.values=true algo.online_down=true algo.rotate_keys=true
+  omniquant: algo.lwc=true algo.let=auto algo.epochs=20 algo.batch_size=1 algo.lwc_lr=0.01 algo.let_lr=0.005
+        algo.weight_decay=0 algo.lwc_init=4 algo.let_init=auto|smooth|identity algo.alpha=0.5 algo.shift=true
+        algo.grouped_heads=false algo.aug_loss=false algo.keep_best=true algo.autocast=false
+  autoround: algo.iters=200 algo.lr=null algo.minmax_lr=null algo.enable_minmax_tuning=true
+        algo.batch_size=8 algo.autocast=false
+  tesseraq: algo.iterations=250 algo.thresholds="0.75 0.5 ..." algo.lr=5e-4 algo.optimize_scale=true
+        algo.scale_lr=null algo.batch_size=4 algo.autocast=false, and awq's
+  normtweaking: algo.lr=1e-5 algo.lr_scale=1e-3 algo.epochs=1 algo.distance=channel|mse algo.batch_size=1,
+        and gptq's
 scheme=default               formats of weights, inputs and cache by name; any key below overrides its part:
                              w4a16_g128 w4a16_g64 w3a16_g64 w2a16_g64 w8a8 w8a8_static w6a6 w4a4 w4a8
                              fp8 mxfp8 mxfp6 mxfp4 nvfp4 nf4 kv8 kv4 kv2
@@ -34,8 +59,8 @@ zero_point=int|float         of asymmetric integers
 reach=midpoint|narrow|full   where a symmetric integer grid puts max|w|
 scale_dtype=float16          float16 bfloat16 float32 e8m0 e8m0ceil e4m3 int8 (two-level) dq8
 partial_group=false          allow a shorter last group
-range.method=minmax|mse|percentile|absmean   options: range.norm=2.4 range.grid=100
-                             range.max_shrink=0.8; range.percentile=99.9
+range.method=minmax|mse|percentile|share|absmean   options: range.norm=2.4 range.grid=100
+                             range.max_shrink=0.8; range.percentile=99.9; range.share
 act_bits=null                bits of the linear layers' inputs, 2 to 8; null: full precision
 act.format=int  act.granularity=token|group (dynamic), tensor|channel (static)  act.group_size=64
 act.symmetric=true  act.mode=dynamic|static  act.calibration=minmax|moving|histogram  act.clip=1
