@@ -293,13 +293,8 @@ class _Work:
         if stage.kind == Kind.ROUND:
             self.metrics += layer_metrics(self.block, groups, outcome, self.statistics, spent)
         self._install(outcome)
-        later = self._later(stage)
-        if outcome.observe_again and any(other.needs for other in later):
-            self.observe_again()
-        if outcome.parameters and any(other.scope_tokens for other in later):
-            self.scopes = self.probe.scopes(self.block, self.structure)
-        if stage.kind == Kind.TRANSFORM or (stage.transforms and outcome.parameters):
-            self.guard(stage)
+        if outcome.parameters and (stage.kind == Kind.TRANSFORM or stage.transforms):
+            self._transformed(stage, outcome)
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
             for group in groups:
                 self.statistics.pop(group.index, None)
@@ -324,9 +319,16 @@ class _Work:
             report=self.report,
         )
 
-    def _later(self, stage: Stage) -> tuple[Stage, ...]:
+    def _transformed(self, stage: Stage, outcome: Outcome) -> None:
+        """Prove the transform, and let what later stages look at follow it."""
+        self.guard(stage)
         stages = self.recipe.pipeline.stages
-        return stages[stages.index(stage) + 1 :]
+        later = stages[stages.index(stage) + 1 :]
+        full = any(need.stream == "full" for other in later for need in other.needs)
+        if outcome.observe_again and (full or self.recipe.pairs):
+            self.observe_again()
+        if any(other.scope_tokens for other in later):
+            self.scopes = self.probe.scopes(self.block, self.structure)
 
     def _spent(self, name: str, started: float) -> float:
         spent = time.perf_counter() - started

@@ -13,8 +13,10 @@ from qbench.engine.passes import StructureCache, embed
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.source import MemorySource
 from qbench.errors import NumericsError
-from qbench.stages.pipeline import Pipeline
+from qbench.stages.pipeline import Pipeline, build_pipeline
+from qbench.stages.range_awq_clip import AwqClip
 from qbench.stages.round_rtn import Rtn
+from qbench.stages.transform_awq import AwqScale
 from qbench.structure.blocks import capture_calls, find_blocks
 from tests.architectures import tiny_model, tokens
 from tests.engine.helpers import InputsOf, recipe, structure_of
@@ -240,3 +242,61 @@ def test_structures_are_discovered_once_per_shape():
         assert cache.structure(find_blocks(model)[1][0], calls[0], hidden, folds=True).folds
         assert cache.structure(find_blocks(wider[0])[1][0], calls[0], hidden, folds=False) is not first
     assert first.groups == structure_of(model, tokens(config)).groups
+
+
+def _view_of(monkeypatch, stage_type):
+    """What the engine shows the stage, and the block as it was then."""
+    seen = []
+    original = stage_type.apply
+
+    def apply(stage, view):
+        seen.append((replace(view, statistics=dict(view.statistics)), copy.deepcopy(view.block)))
+        return original(stage, view)
+
+    monkeypatch.setattr(stage_type, "apply", apply)
+    return seen
+
+
+def test_a_search_behind_a_transform_sees_modules_as_they_are_called_now(monkeypatch):
+    source, structure, stream, _ = _prepared()
+    seen = _view_of(monkeypatch, AwqScale)
+    nodes = [{"stage": "smoothquant"}, {"stage": "awq_scale", "search_tokens": 32}, {"stage": "rtn"}]
+    wanted = replace(recipe("rtn"), pipeline=build_pipeline(nodes))
+    _quantize(source, structure, stream, wanted)
+    ((view, block),) = seen
+    before = source.block(0)
+    for calls in view.scopes.values():
+        for call in calls:
+            module = block.get_submodule(call.module)
+            with torch.no_grad():
+                outputs = [m(*call.args, **call.kwargs) for m in (module, before.get_submodule(call.module))]
+            now, then = (output[0] if isinstance(output, tuple) else output for output in outputs)
+            assert torch.allclose(now, call.output, atol=1e-5)
+            if call.module == "mlp":
+                assert not torch.allclose(then, call.output, atol=1e-2)
+
+
+def test_statistics_follow_a_shift(monkeypatch):
+    """No statistic of x gives that of x - z: they are collected again."""
+    source, structure, stream, _ = _prepared("opt")
+    seen = _view_of(monkeypatch, AwqClip)
+    nodes = [{"stage": "osplus", "search_tokens": 32}, {"stage": "awq_clip"}, {"stage": "rtn"}]
+    wanted = replace(recipe("rtn"), pipeline=build_pipeline(nodes))
+    _quantize(source, structure, stream, wanted)
+    ((view, block),) = seen
+    for group in structure.groups:
+        with torch.no_grad():
+            now, then = (_hessian(b, structure, stream, group) for b in (block, source.block(0)))
+        found = view.statistics[group.index][Hessian].value()
+        assert torch.allclose(found, now, rtol=1e-4, atol=1e-5 * now.abs().max())
+        if group.index == 0:
+            assert not torch.allclose(found, then, rtol=0.1)
+
+
+def _hessian(block, structure, stream, group):
+    inputs = InputsOf(block, group.weights[0])
+    for chunk in stream.chunks:
+        with inputs:
+            stream.call(0, chunk)(block, chunk)
+    x = torch.cat(inputs.seen)
+    return x.T @ x / len(x)
