@@ -43,6 +43,7 @@ def _stages(name, **options):
         ("autoround+normtweaking", ["autoround", "normtweaking"]),
         ("awq+normtweaking", ["awq_scale", "awq_clip", "gptq", "normtweaking"]),
         ("mse_clip+gptq", ["mse_clip", "gptq"]),
+        ("smoothquant+dgq", ["smoothquant", "percentile_smooth", "dgq"]),
     ],
 )
 def test_parts_follow_each_other_and_what_only_accompanies_one_gives_way(name, stages):
@@ -84,6 +85,12 @@ def test_options_of_what_gave_way_are_gone():
         ("gptq+awq", "ROTATE < TRANSFORM"),
         ("gptq+rtn", "exactly one stage that rounds"),
         ("awq_scale+awq", "every stage once"),
+        ("awq_clip+mse_clip", "no awq_clip: mse_clip chooses ranges by itself"),
+        ("omniquant+awq_clip", "no omniquant: awq_clip chooses ranges by itself"),
+        ("awq_clip+quip", "no awq_clip: quip chooses ranges by itself"),
+        ("quarot+spinquant", "one stage at most that rotates the model"),
+        ("duquant+awq_scale", "awq_scale before duquant"),
+        ("duquant+omniquant", "omniquant before duquant"),
         ("awq+awq", "every part once; awq comes twice"),
         ("smooth+smoothquant", "every part once; smoothquant comes twice"),
         ("awq+nosuch", "nosuch is unknown; .*awq, .*stages awq_clip"),

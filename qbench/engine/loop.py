@@ -295,6 +295,8 @@ class _Work:
         self._install(outcome)
         if outcome.parameters and (stage.kind == Kind.TRANSFORM or stage.transforms):
             self._transformed(stage, outcome)
+        elif outcome.parameters and stage.kind < Kind.ROUND and self.probe is not None:  # a change that is meant
+            self.probe = replace(self.probe, expected=self.probe.call(self.block, self.probe.hidden))
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
             for group in groups:
                 self.statistics.pop(group.index, None)
@@ -327,6 +329,8 @@ class _Work:
         full = any(need.stream == "full" for other in later for need in other.needs)
         if outcome.observe_again and (full or self.recipe.pairs):
             self.observe_again()
+        elif outcome.observe_again:
+            self.statistics = {}
         if any(other.scope_tokens for other in later):
             self.scopes = self.probe.scopes(self.block, self.structure)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from qbench.engine.kv import CacheQuantizer, CacheRanges
 from qbench.engine.streams import Stream
 from qbench.errors import StructureError
 from qbench.formats.scheme import CacheFormat, InputFormat
+from qbench.structure.online import attached
 from qbench.structure.operations import LinearOperations, LinearUse
 from qbench.structure.trace import BlockStructure, LinearGroup, LinearTap
+from qbench.structure.weights import WeightRef
 
 NO_ATTENTION = (
     "the block does not call scaled_dot_product_attention, so its keys and values cannot be quantized; "
@@ -164,6 +166,7 @@ def calibrate(
     what one chunk gives counts as a sequence. An expert that gets no calibration token takes the union of the ranges of
     the others. Raises NumericsError where none gets any and where inputs are not finite.
     """
+    structure = _divided(block, structure)
     groups = _groups_of(structure, formats)
     device = next(block.parameters()).device
     pairs = {(groups[name].index, fmt): groups[name] for name, fmt in formats.items()}
@@ -182,6 +185,19 @@ def calibrate(
     if cache is None:
         return quantizers, None
     return quantizers, CacheQuantizer(cache, *(kv.params() if kv is not None else ()))
+
+
+def _divided(block: nn.Module, structure: BlockStructure) -> BlockStructure:
+    """The structure with a group for each transform that the block puts before some of a group's weights: those that
+    stay in full precision may read the plain input beside quantized ones that read a rotated one."""
+    online = attached(block)
+    groups: list[LinearGroup] = []
+    for group in structure.groups:
+        parts: dict[int, list[WeightRef]] = {}
+        for ref in group.weights:
+            parts.setdefault(id(online.get(ref.name)), []).append(ref)
+        groups += [replace(group, weights=tuple(refs)) for refs in parts.values()]
+    return replace(structure, groups=tuple(replace(group, index=k) for k, group in enumerate(groups)))
 
 
 def _groups_of(structure: BlockStructure, names: Iterable[str]) -> dict[str, LinearGroup]:

@@ -95,9 +95,9 @@ class BlockView:
     """What a stage may look at. `block` holds the current (transformed, partly quantized) parameters: read only.
 
     statistics: by group index, then type, already transformed along with the weights. scopes: by group index, the
-    calls of the group's scope modules, captured before any transformation; only if a stage asks (`scope_tokens`).
-    inputs: by weight name, how the weight's input is quantized at run time; absent where it is not. data: only for
-    stages that learn (`trains`). index, count: which block it is, of how many.
+    calls of the group's scope modules in the block as it is now, with their outputs in full precision; only if a stage
+    asks (`scope_tokens`). inputs: by weight name, how the weight's input is quantized at run time; absent where it is
+    not. data: only for stages that learn (`trains`). index, count: which block it is, of how many.
     """
 
     block: nn.Module
@@ -170,7 +170,7 @@ class Stage(ABC):
 
     @property
     def uses_ranges(self) -> bool:
-        """Whether a stage that rounds does so on the ranges that an earlier one chose."""
+        """Whether it starts from, or rounds on, the ranges that an earlier stage chose, instead of its own."""
         return True
 
     @property

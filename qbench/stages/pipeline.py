@@ -60,17 +60,16 @@ class Pipeline:
             later = [other for other in self.stages[place + 1 :] if stage.online and stage.kind == Kind.TRANSFORM]
             for other in later:
                 wanted = {need.statistic for need in other.needs if need.stream == "full"} - {Hessian}
-                if wanted or other.scope_tokens:
-                    raise SpecError(
-                        "algo.pipeline", names, f"{other.name} before {stage.name}: it looks at inputs as they are"
-                    )
+                if wanted or other.scope_tokens or other.transforms:
+                    reason = f"{other.name} before {stage.name}: it looks at inputs as they are, or scales them"
+                    raise SpecError("algo.pipeline", names, reason)
         rotating = [stage.name for stage in self.stages if stage.kind == Kind.ROTATE]
         if len(rotating) > 1:  # the second would undo what the first is good for
             raise SpecError("algo.pipeline", names, f"one stage at most that rotates the model; {rotating} do")
         for place, stage in enumerate(self.stages):
             chosen = [other.name for other in self.stages[:place] if other.kind == Kind.RANGE]
-            if stage.kind == Kind.ROUND and chosen and not stage.uses_ranges:
-                raise SpecError("algo.pipeline", names, f"no {chosen[0]}: {stage.name} has ranges of its own")
+            if chosen and not stage.uses_ranges:
+                raise SpecError("algo.pipeline", names, f"no {chosen[0]}: {stage.name} chooses ranges by itself")
         behind = [stage.name for stage in self.stages if any(need.stream == "quantized" for need in stage.needs)]
         if len(behind) > 1:  # each would push that stream through the block once more
             raise SpecError("algo.pipeline", names, f"one stage at most behind quantized groups; {behind} are")

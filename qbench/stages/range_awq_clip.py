@@ -106,6 +106,10 @@ class AwqClip(Stage):
     max_shrink: float = 0.5
     clip_range: ClipRange = "symmetric"
 
+    @property
+    def uses_ranges(self) -> bool:
+        return False
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(self.n_grid >= 2, "algo.clip_n_grid", self.n_grid, "a number of steps >= 2 (authors: 20)")
         require(0 < self.max_shrink < 1, "algo.max_shrink", self.max_shrink, "a share between 0 and 1 (authors: 0.5)")
@@ -121,19 +125,19 @@ class AwqClip(Stage):
                 fmt.range.method == RangeFit().method,
                 "range.method",
                 fmt.range.method,
-                "minmax with awq_clip, which chooses the ranges itself (algo.clip=false leaves that to range.method)",
+                "minmax with awq_clip, which chooses the ranges itself (algo=awq: or clip=false)",
             )
             require(
                 fmt.zero != "float",
                 "zero_point",
                 fmt.zero,
-                "int, or algo.clip=false: awq_clip shrinks ranges around 0, which a float zero point need not include",
+                "int with awq_clip (algo=awq: or clip=false): its ranges include 0, those of floats need not",
             )
             require(
                 not fmt.scale.whole,
                 "format",
                 fmt.label,
-                "one whose scales are stored independently, or algo.clip=false: awq_clip decides group by group",
+                "with awq_clip, one whose scales are stored independently (algo=awq: or clip=false)",
             )
         require(self.clip_range in CLIP_RANGES, "algo.clip_range", self.clip_range, f"one of {', '.join(CLIP_RANGES)}")
 
@@ -163,5 +167,5 @@ class AwqClip(Stage):
                     )
                 ranges[ref.name] = found
                 clipped = (found.upper < full.upper) | (found.lower > full.lower)
-                metrics.append((ref.name, "clip_ratio", clipped.float().mean().item()))
+                metrics.append((ref.name, "awq_clipped", clipped.float().mean().item()))
         return Outcome(ranges=ranges, metrics=tuple(metrics))

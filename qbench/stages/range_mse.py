@@ -53,6 +53,10 @@ class MseClip(Stage):
     grid: int = RangeFit.grid
     max_shrink: float = RangeFit.max_shrink
 
+    @property
+    def uses_ranges(self) -> bool:
+        return False
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(0.1 < self.norm <= 10, "algo.norm", self.norm, "a number above 0.1, at most 10 (authors: 2.4)")
         require(1 < self.grid <= 10_000, "algo.grid", self.grid, "a number of steps from 2 to 10000 (authors: 100)")

@@ -49,7 +49,6 @@ class OmniQuant(Stage):
     kind: ClassVar[Kind] = Kind.RANGE
     version: ClassVar[int] = 1
     trains: ClassVar[bool] = True
-    transforms: ClassVar[bool] = True
 
     lwc: bool = True
     let: Literal["auto", True, False] = "auto"
@@ -72,6 +71,11 @@ class OmniQuant(Stage):
         """What LET starts from."""
         starts = self.let is not False and self.let_init != "identity"
         return frozenset({Need(Extremes, "full")}) if starts else frozenset()
+
+    @property
+    def transforms(self) -> bool:
+        """Clipping alone moves nothing."""
+        return self.let is not False
 
     @property
     def moves_inputs(self) -> bool:
@@ -100,6 +104,8 @@ class OmniQuant(Stage):
             require(self.lwc, "algo.lwc", self.lwc, "true, or algo.let=true: nothing is learned from weights alone")
             self._require_default("algo.let=true, as only weights are quantized", *LET_OPTIONS)
         elif self.let is not False:
+            if not any(role.input is not None for role in roles):
+                self._require_default("an act_bits, as shifts are for quantized inputs", "shift")
             fitted = any(role.input is not None and role.input.needs_data for role in roles)
             static = any(role.cache is not None and role.cache.needs_data for role in roles)
             for option, found in (("act", fitted), ("kv", static)):

@@ -21,6 +21,10 @@ class PercentileClip(Stage):
 
     percentile: float = RangeFit.percentile
 
+    @property
+    def uses_ranges(self) -> bool:
+        return False
+
     def check(self, formats: frozenset[TensorFormat]) -> None:
         require(50 < self.percentile <= 100, "algo.percentile", self.percentile, "a number above 50, at most 100")
         check_formats(self.name, formats)

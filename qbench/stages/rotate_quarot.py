@@ -45,8 +45,13 @@ class QuaRot(RotateStage):
         return self.residual
 
     def check_scheme(self, scheme: Scheme) -> None:
-        if not self.rotate_keys and not quantizes_cache(scheme):
+        if quantizes_cache(scheme):
+            return
+        if not self.rotate_keys:
             raise SpecError("algo.rotate_keys", False, "a quantized cache (kv_bits): keys are rotated for it only")
+        if not (self.residual or self.values or self.online):
+            accepted = "something to rotate: residual, values, online_down or online_o; keys only with kv_bits"
+            raise SpecError("algo.residual", False, accepted)
 
     @property
     def online(self) -> bool:

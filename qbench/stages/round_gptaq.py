@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from qbench.calibration.statistics import CrossMoment, Hessian
+from qbench.errors import StructureError
 from qbench.formats import Range, TensorFormat
-from qbench.stages.base import Need, require
+from qbench.stages.base import BlockView, Need, Outcome, require
 from qbench.stages.gptq_core import GptqResult, toward_full
 from qbench.stages.round_gptq import Gptq
 
@@ -41,6 +42,16 @@ class Gptaq(Gptq):
             self.residual,
             "running with alpha=0, which is GPTQ and makes up for nothing",
         )
+
+    def apply(self, view: BlockView) -> Outcome:
+        """Raises StructureError for experts: the streams may bring one as many tokens, and yet different ones."""
+        experts = [ref.name for group in view.structure.groups for ref in group.weights if ref.index is not None]
+        if experts:
+            raise StructureError(
+                f"{view.where}, {experts[0]}: gptaq compares both streams token by token, which may bring an expert "
+                "different ones; algo=gptq, or overrides that leave experts in full precision"
+            )
+        return super().apply(view)
 
     def _solve(
         self, weight: Tensor, values: Mapping[type, Tensor], fmt: TensorFormat, clip: Range | None

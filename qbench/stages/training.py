@@ -159,7 +159,8 @@ def gather(chunks: Sequence[Tensor], sequences: Sequence[int]) -> Tensor:
 def check_training(*, lr: dict[str, float], batch_size: int, **counts: int) -> None:
     """SpecError for rates and counts (steps, epochs) that mean nothing; 0 is a rate, no epochs are epochs."""
     for option, value in lr.items():
-        require(math.isfinite(value) and value >= 0, f"algo.{option}", value, "a learning rate >= 0")
+        what = "weight decay" if option == "weight_decay" else "learning rate"
+        require(math.isfinite(value) and value >= 0, f"algo.{option}", value, f"a finite {what} >= 0")
     for option, value in counts.items():
         require(value >= 0, f"algo.{option}", value, "a number >= 0 (0: nothing is learned)")
     require(batch_size >= 1, "algo.batch_size", batch_size, "a number of sequences >= 1")

@@ -13,6 +13,7 @@ from qbench.errors import NumericsError
 from qbench.formats import Range, fit
 from qbench.formats.named import COMPOSITE
 from qbench.formats.scheme import InputFormat
+from qbench.structure.online import MatrixTransform, attach
 from qbench.structure.trace import LinearTap
 from tests.architectures import ARCHITECTURES
 from tests.engine.runtime_cases import INT8, KV4, KV_STATIC, TENSOR, Case
@@ -176,3 +177,21 @@ def test_calibration_text_that_overflows_is_said_where(calibration):
     formats = dict.fromkeys(case.refs, _static(TENSOR, calibration))
     with pytest.raises(NumericsError, match=r"^block 0, input of self_attn.q_proj.weight: .*NaN or infinity$"):
         calibrate(case.block, 0, case.structure, stream, formats, None)
+
+
+@pytest.mark.parametrize("plain", ["q_proj", "k_proj"])
+def test_weights_that_read_one_input_through_different_transforms_have_ranges_of_their_own(plain):
+    case = Case("llama")
+    stream = case.stream(2, 1)
+    before = _inputs(case, stream)["self_attn.q_proj.weight"]
+    names = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+    turned = [name for name in names if plain not in name]
+    transform = MatrixTransform(torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0])
+    for name in turned:
+        attach(case.block, name, transform)
+    found, _ = calibrate(case.block, 0, case.structure, stream, dict.fromkeys(names, _static(TENSOR)), None)
+    for name in names:
+        seen = transform(before) if name in turned else before
+        expected = fit(seen, TENSOR, Range(seen.min().view(1, 1).clamp_max(0), seen.max().view(1, 1).clamp_min(0)))
+        torch.testing.assert_close(found[name].params.scale, expected.scale, rtol=1e-5, atol=0)
+    assert found[turned[0]] is found[turned[1]]

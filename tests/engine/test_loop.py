@@ -13,6 +13,8 @@ from qbench.engine.passes import StructureCache, embed
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.source import MemorySource
 from qbench.errors import NumericsError
+from qbench.formats import uniform
+from qbench.formats.scheme import InputFormat
 from qbench.stages.pipeline import Pipeline, build_pipeline
 from qbench.stages.range_awq_clip import AwqClip
 from qbench.stages.round_rtn import Rtn
@@ -33,7 +35,7 @@ def _prepared(name="llama", dtype=torch.float32):
     with torch.no_grad():
         hidden, calls = capture_calls(model, calibration[:2])
         structure = StructureCache().structure(source.block(0), calls[0], hidden, folds=True)
-        stream = embed(source, model, calibration, {2})
+        stream = embed(source, model, calibration, {1, 2})
     return source, structure, stream, calibration
 
 
@@ -291,6 +293,19 @@ def test_statistics_follow_a_shift(monkeypatch):
         assert torch.allclose(found, now, rtol=1e-4, atol=1e-5 * now.abs().max())
         if group.index == 0:
             assert not torch.allclose(found, then, rtol=0.1)
+
+
+def test_a_transform_is_proved_against_the_block_as_an_earlier_stage_meant_it():
+    """MagR changes the function; that is not the fault of what comes after."""
+    source, structure, stream, _ = _prepared()
+    nodes = [{"stage": "magr", "alpha_group": 0.01}, {"stage": "omniquant", "epochs": 1}, {"stage": "rtn"}]
+    inputs = InputFormat(format=uniform(bits=8, group_size=-1, symmetric=True))
+    wanted = replace(recipe("rtn"), pipeline=build_pipeline(nodes))
+    wanted = replace(wanted, scheme=replace(wanted.scheme, input=inputs))
+    streams = Streams(full=stream.copy(), quantized=stream.copy())
+    finished = quantize_block(source.block(0), structure, 0, 1, wanted, streams)
+    (error,) = (value for _, name, value in finished.metrics if name == "omniquant_function_error")
+    assert error <= FUNCTION_TOLERANCE[torch.float32]
 
 
 def _hessian(block, structure, stream, group):

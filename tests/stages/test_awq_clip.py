@@ -1,13 +1,16 @@
 """The clipping search against a loop over candidates and tokens, and what it may not touch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
+from qbench.errors import SpecError
 from qbench.formats import fake_quantize, uniform
-from qbench.formats.ranges import extrema
-from qbench.stages.range_awq_clip import ROWS, awq_clip, diagonal_blocks
+from qbench.formats.ranges import RangeFit, extrema
+from qbench.stages.range_awq_clip import ROWS, AwqClip, awq_clip, diagonal_blocks
 from tests.architectures import tiny_model, tokens
 from tests.engine.helpers import recipe
 from tests.stages.references import correlated_inputs, grid, nearest, second_moment
@@ -195,3 +198,23 @@ def test_rows_that_make_queries_and_keys_are_left_alone(name, group_size):
         if group_size == 0 and len(rows):  # one scale for all rows: none may change
             assert not differs
     assert changed > len(clipped) / 4
+
+
+def test_its_metric_is_not_confused_with_the_one_of_every_run():
+    model, config = tiny_model("llama")
+    result = run_pass(MemorySource(model), recipe("awq"), tokens(config, batch=4, length=16))
+    keys = [(block, module, name) for block, module, name, _ in result.ledger.metrics]
+    assert len(keys) == len(set(keys))
+    assert {"awq_clipped", "clip_ratio"} <= {name for *_, name in keys}
+
+
+def test_formats_whose_ranges_are_not_its_own_are_refused_for_algo_awq_and_for_compositions_alike():
+    """awq_clip+hqq has no option that switches clipping off: what is accepted says what clips, and when that helps."""
+    fmt = uniform(bits=4, group_size=8, symmetric=False)
+    for wrong, message in [
+        (replace(fmt, zero="float"), r"^zero_point=float: int with awq_clip \(algo=awq: or clip=false\)"),
+        (replace(fmt, range=RangeFit(method="mse")), r"^range\.method=mse: minmax with awq_clip, .*algo=awq: or"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            AwqClip().check(frozenset({wrong}))
+    AwqClip().check(frozenset({fmt}))

@@ -7,10 +7,10 @@ from qbench.calibration.statistics import CrossMoment, Hessian
 from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
-from qbench.errors import NumericsError, SpecError
+from qbench.errors import NumericsError, SpecError, StructureError
 from qbench.formats import Range, uniform
 from qbench.formats.ranges import extrema
-from qbench.formats.scheme import Scheme
+from qbench.formats.scheme import Override, Scheme
 from qbench.stages.gptq_core import gptq, toward_full
 from qbench.stages.pipeline import build_pipeline
 from tests.architectures import tiny_model, tokens
@@ -207,6 +207,17 @@ def test_what_has_no_effect_is_refused_with_gptqs_own_checks():
     ):
         with pytest.raises(SpecError, match=refused):
             build_pipeline([{"stage": "gptaq", **node}]).check(frozenset({_format()}))
+
+
+def test_experts_are_refused_before_any_is_looked_at_and_may_stay_in_full_precision():
+    with pytest.raises(StructureError, match=r"^block 0, mlp\.experts\.\S+\[0\]: gptaq compares both streams"):
+        _pass([{"stage": "gptaq"}], "mixtral")
+    model, config = tiny_model("mixtral")
+    scheme = Scheme(weight=_format(3, 8), overrides=(Override(modules="experts", roles=("weight",)),))
+    result = run_pass(
+        MemorySource(model), Recipe(build_pipeline([{"stage": "gptaq"}]), scheme), tokens(config, batch=6, length=16)
+    )
+    assert len(result.ledger.digests) == 2 * 4
 
 
 def test_a_drift_that_is_not_finite_is_an_error_that_names_its_place(monkeypatch):

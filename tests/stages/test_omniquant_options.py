@@ -113,3 +113,8 @@ def test_what_means_something_is_accepted():
         ({"lwc_lr": 0.0, "epochs": 0}, WEIGHT_ONLY),
     ]:
         build_pipeline([{"stage": "omniquant", **options}, {"stage": "rtn"}]).check(scheme.weights, scheme)
+
+
+def test_folds_are_asked_for_only_where_scales_may_be_learned():
+    assert build_pipeline([{"stage": "omniquant"}, {"stage": "rtn"}]).transforms
+    assert not build_pipeline([{"stage": "omniquant", "let": False}, {"stage": "rtn"}]).transforms

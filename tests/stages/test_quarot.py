@@ -96,6 +96,10 @@ def test_what_is_meaningless_is_refused():
     with pytest.raises(SpecError, match=r"algo.rotate_keys=False: a quantized cache"):
         without.check_scheme(Scheme(weight=INT4))
     without.check_scheme(Scheme(weight=INT4, cache=CACHE))
+    keys = QuaRot(**NOTHING | {"rotate_keys": True})
+    with pytest.raises(SpecError, match=r"algo.residual=False: something to rotate: .* keys only with kv_bits"):
+        keys.check_scheme(Scheme(weight=INT4))
+    keys.check_scheme(Scheme(weight=INT4, cache=CACHE))
     QuaRot().check_scheme(Scheme(weight=INT4))
     view = BlockView(block=torch.nn.Identity(), structure=None, groups=(), formats={}, where="block 3")
     with pytest.raises(StructureError, match="block 3: quarot rotates whole models"):

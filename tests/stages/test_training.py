@@ -343,7 +343,9 @@ def test_sequences_are_gathered_from_chunks_in_a_row():
 def test_rates_and_counts_that_mean_nothing_are_refused():
     check_training(lr={"lr": 0.0}, batch_size=1, epochs=0)
     for wrong, message in [
-        ({"lr": {"lr": -0.1}}, r"^algo\.lr=-0\.1: a learning rate >= 0"),
+        ({"lr": {"lr": -0.1}}, r"^algo\.lr=-0\.1: a finite learning rate >= 0"),
+        ({"lr": {"lr": math.inf}}, r"^algo\.lr=inf: a finite learning rate >= 0"),
+        ({"lr": {"weight_decay": -1.0}}, r"^algo\.weight_decay=-1\.0: a finite weight decay >= 0"),
         ({"lr": {"let_lr": math.nan}}, r"^algo\.let_lr=nan"),
         ({"epochs": -1}, r"^algo\.epochs=-1: a number >= 0"),
         ({"batch_size": 0}, r"^algo\.batch_size=0: a number of sequences >= 1"),
