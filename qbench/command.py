@@ -101,18 +101,40 @@ def _check_keys(arguments: list[str]) -> None:
                 if override.key_or_group == "algo" and is_composed(str(value)):
                     _register(str(value))
                 elif str(value) not in options:
-                    raise SpecError(override.key_or_group, value, f"unknown; one of {', '.join(options)}")
+                    raise _unknown_choice(override.key_or_group, value, options)
             chosen.setdefault(override.key_or_group, str(values[0]))
     for override in overrides:
         key = override.key_or_group
         if key not in groups:
             known = _known_keys(chosen | _other_choices(overrides, groups, key))
             if key not in known:
-                siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+                siblings = _siblings(key, known)
                 close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
                 accepted = ", ".join(siblings or [k for k in known if "." not in k])
                 hint = f"did you mean {' or '.join(close)}? " if close else ""
                 raise SpecError(key, typed[key], f"unknown key; {hint}accepted: {accepted}")
+
+
+def _unknown_choice(group: str, value: object, options: list[str]) -> SpecError:
+    if group == "algo" and isinstance(value, list):
+        return SpecError(group, value, "one text such as awq+gptq; with -m several, algo=awq,gptq")
+    if group == "algo":
+        from qbench.stages.pipeline import stage_types
+
+        if value in stage_types():
+            return SpecError(group, value, f"is a single stage: put together, such as {value}+gptq")
+    return SpecError(group, value, f"unknown; one of {', '.join(options)}")
+
+
+def _siblings(key: str, known: list[str]) -> list[str]:
+    """The keys nearest to an unknown one: beside it or, where there are none, beside what it would be in."""
+    parent = key.rpartition(".")[0]
+    while parent:
+        beside = [k for k in known if k.startswith(f"{parent}.") and k.count(".") == parent.count(".") + 1]
+        if beside:
+            return beside
+        parent = parent.rpartition(".")[0]
+    return []
 
 
 def _composed(name: str) -> dict:

@@ -29,7 +29,7 @@ def composed(name: str, folder: Path) -> Node:
     kind. Options are set by part: `algo=smoothquant+gptq algo.smoothquant.alpha=0.8 algo.gptq.damp=0.1`. Whether the
     order is legal is the pipeline's to say. Raises SpecError for unknown parts and for a part that comes twice.
     """
-    parts = [ALIASES.get(part, part) for part in name.split("+")]
+    parts = [ALIASES.get(part, part) for part in map(str.strip, name.split("+"))]
     for part in parts:
         if parts.count(part) > 1:
             raise SpecError("algo", name, f"every part once; {part} comes twice")

@@ -9,10 +9,18 @@ from torch import nn
 
 from qbench.compose import Point
 from qbench.engine.kv import check_cache
-from qbench.errors import SpecError
+from qbench.engine.rotated import RotatedSource
+from qbench.engine.source import MemorySource
+from qbench.errors import SpecError, StructureError
 from qbench.formats.scheme import Scheme
+from qbench.models.load import miniature
 from qbench.stages.base import WeightShape
 from qbench.stages.pipeline import Pipeline
+from qbench.structure.blocks import find_blocks
+from qbench.structure.rotation import Rotation
+
+#: Parameters of a block on which a rotation is tried before weights load: about 1 GB in float32.
+LARGEST_TRIAL = 250_000_000
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +134,20 @@ def check_stages(pipeline: Pipeline, scheme: Scheme, shapes: list[LinearShape], 
         stage.check_shapes(quantized)
 
 
+def check_rotation(name: str, rotation: Rotation, skeleton: PreTrainedModel, model: str) -> None:
+    """Raises SpecError for a model that stage `name` cannot rotate so, found out on a random block of its shape.
+
+    Blocks of more than LARGEST_TRIAL parameters are not tried: then the run finds out, before it quantizes anything.
+    """
+    _, blocks = find_blocks(skeleton)
+    if sum(parameter.numel() for parameter in blocks[0].parameters()) > LARGEST_TRIAL:
+        return
+    try:
+        RotatedSource(MemorySource(miniature(skeleton.config)), rotation)
+    except StructureError as error:
+        raise SpecError("algo", name, f"a model that can be rotated; {model}: {error}") from error
+
+
 def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> None:
     """A quantized cache needs torch's attention function, where keys and values can be replaced."""
     formats = {point.scheme.of_cache(block, blocks) for block in range(blocks)} - {None}
@@ -150,8 +172,6 @@ def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> Non
 def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
     """The linear weights of the blocks and the head, without running the model, and the number of blocks."""
     from transformers.pytorch_utils import Conv1D
-
-    from qbench.structure.blocks import find_blocks
 
     shapes = []
     prefix, blocks = find_blocks(skeleton)

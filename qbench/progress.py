@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -74,4 +75,5 @@ class SweepProgress:
             self._bars.console.print(f"[green]done[/]   {point.label} ({seconds:.0f} s)", highlight=False)
         else:
             text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self._bars.console.print(f"[red]failed[/] {point.label}: {text}", highlight=False)
+            line = f"[red]failed[/] {escape(point.label)}: {escape(text)}"
+            self._bars.console.print(line, highlight=False, soft_wrap=True)

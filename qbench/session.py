@@ -17,8 +17,9 @@ from qbench.engine.source import MemorySource, Source, StreamSource
 from qbench.errors import SpecError
 from qbench.measure import share_one_heap
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
-from qbench.preflight import check_point
+from qbench.preflight import check_point, check_rotation
 from qbench.spec import CalibrationSpec, EvaluationSpec
+from qbench.stages.rotation import RotateStage, quantizes_cache
 from qbench.store.environment import detect
 from qbench.store.records import Environment
 
@@ -33,6 +34,7 @@ class Session:
     tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     structures: dict[str, StructureCache] = field(default_factory=dict)
     skeletons: dict[str, PreTrainedModel] = field(default_factory=dict)
+    rotatable: set[tuple[str, RotateStage, bool]] = field(default_factory=set)
     _environments: dict[torch.device, Environment] = field(default_factory=dict)
     _loaded: tuple[tuple, nn.Module] | None = None
 
@@ -95,6 +97,7 @@ class Session:
             reason = f"none: {online} transforms inputs at run time, which a checkpoint cannot say"
             raise SpecError("export", "hf", reason)
         check_point(point, self.skeleton(point.model))
+        self._check_rotation(point)
         self.calibration(point)
         for wanted, corpus in zip(point.evaluations, point.corpora, strict=True):
             self.windows(wanted, corpus, point.model)
@@ -104,3 +107,14 @@ class Session:
         if key not in self.tokens:
             self.tokens[key] = tokenize(corpus, load_tokenizer(model))
         return self.tokens[key]
+
+    def _check_rotation(self, point: Point) -> None:
+        """Try the rotation on one random block of the model's shape; once per model and rotation."""
+        for stage in point.pipeline.stages:
+            if isinstance(stage, RotateStage):
+                cache = quantizes_cache(point.scheme)
+                key = (point.model.fingerprint, stage, cache)
+                if key not in self.rotatable:
+                    rotation = stage.rotation(0, cache=cache)
+                    check_rotation(stage.name, rotation, self.skeleton(point.model), point.model.name)
+                    self.rotatable.add(key)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qbench.compose import Point, SweepOptions, baseline, freeze, sweep_options
@@ -206,7 +207,8 @@ def summarize(
     for point in points:  # a measurement of a finished run that failed leaves the row as it was
         key = point.spec.key()
         if key in failures and rows[key].status == "done":
-            console.print(f"[red]failed[/] {point.label}: {failures[key]}", highlight=False, soft_wrap=True)
+            line = f"[red]failed[/] {escape(point.label)}: {escape(str(failures[key]))}"
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"  rows in {options.store_url}", highlight=False, soft_wrap=True)
     return 1 if failed or failures else 0
 

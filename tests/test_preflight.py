@@ -11,8 +11,10 @@ from qbench.errors import SpecError
 from qbench.formats import Block, Int, TensorFormat, uniform
 from qbench.formats.named import COMPOSITE
 from qbench.formats.scheme import CacheFormat, InputFormat, Override, Scheme
-from qbench.preflight import check_point, linear_shapes
+from qbench.models.load import meta_model
+from qbench.preflight import check_point, check_rotation, linear_shapes
 from qbench.stages.pipeline import build_pipeline
+from qbench.stages.rotate_quarot import QuaRot
 from qbench.structure.blocks import find_blocks
 from tests.architectures import BLOCKS, HIDDEN, VOCABULARY, tiny_model
 
@@ -240,3 +242,22 @@ def test_a_stage_that_cannot_serve_a_weight_is_refused():
     other, _ = tiny_model("llama", hidden_size=48)  # two key heads of 12 channels
     with pytest.raises(SpecError, match=r"group_size=16: with algo=adadim a divisor of the 24 outputs"):
         _check_model(other, Scheme(weight=_group(16)), pipeline=adadim)
+
+
+ROTATABLE = ["llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2", "gpt_neox", "phi", "falcon", "stablelm"]
+
+
+@pytest.mark.parametrize("name", [*ROTATABLE, "starcoder2", "mixtral"])
+def test_a_model_that_can_be_rotated_passes(name):
+    _, config = tiny_model(name)
+    check_rotation("quarot", QuaRot().rotation(0, cache=False), meta_model(config), name)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "gemma3_text", "olmo2"])
+def test_a_model_that_cannot_be_rotated_is_refused_before_it_loads(name):
+    _, config = tiny_model(name)
+    with pytest.raises(SpecError, match=f"^algo=quarot: a model that can be rotated; {name}: ") as refusal:
+        check_rotation("quarot", QuaRot().rotation(0, cache=False), meta_model(config), name)
+    assert len(str(refusal.value).splitlines()) == 1
+    if name != "bloom":
+        check_rotation("quarot", QuaRot(residual=False).rotation(0, cache=False), meta_model(config), name)

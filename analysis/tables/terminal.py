@@ -36,7 +36,7 @@ class Rendered:
                 yield _drawn(frame, [each], costs=position == 0)
         yield Text(self.table.caption, style="italic")
         for _, row in frame[frame["status"] == "failed"].iterrows():
-            yield Text(f"failed: {row['label']}: {row['error']}", style="red")
+            yield Text(f"failed: {row['label']}: {row['error']}", style="red", no_wrap=True, overflow="ignore")
 
 
 def _drawn(frame: pd.DataFrame, evaluations: Sequence[Evaluation], *, costs: bool) -> Table:

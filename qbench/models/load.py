@@ -99,6 +99,30 @@ def meta_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) 
     return model.eval().requires_grad_(False)
 
 
+def miniature(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of `config` with one block of the true widths and a vocabulary of 64, in float32: enough to see
+    what can be done with its blocks before any weights load. Nothing in it is 0 or 1, where a wrong transform could not
+    be told from a right one."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 1, 64
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+    model = meta_model(small)
+    generator = torch.Generator().manual_seed(0)
+    values: dict[int, nn.Parameter] = {}  # a parameter in two places stays one
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                noise = torch.randn(parameter.shape, generator=generator)
+                value = 0.7 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5
+                module._parameters[key] = values.setdefault(id(parameter), nn.Parameter(value, requires_grad=False))
+    return model
+
+
 class _MetaParameters(TorchFunctionMode):
     """Creates uninitialized tensors, which is what parameters begin as, on the meta device, and no others.
 

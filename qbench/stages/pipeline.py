@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -157,9 +158,15 @@ def build_pipeline(nodes: Sequence[Mapping[str, object]]) -> Pipeline:
         enabled = options.pop("enabled", True)
         if not isinstance(enabled, bool):
             raise SpecError(f"algo ({name})", enabled, "true or false")
+        defaults = types[name].options() | options.pop("defaults", {})  # a pipeline's own, where it has others
+        with _named(part):
+            values = _typed(types[name], options)
+            stage = types[name](**values)
+            changed = [option for option, value in values.items() if value != defaults.get(option, value)]
+            if not enabled and changed:
+                raise SpecError(f"algo ({name}) {changed[0]}", values[changed[0]], f"nothing: {name} is switched off")
         if enabled:
-            with _named(part):
-                stages.append(types[name](**_typed(types[name], options)))
+            stages.append(stage)
             parts.append(part)
     return Pipeline(tuple(stages), tuple(parts))
 
@@ -172,7 +179,13 @@ def _named(part: str | None) -> Iterator[None]:
     except SpecError as error:
         if part is None or not error.option.startswith("algo."):
             raise
-        raise SpecError(f"algo.{part}.{error.option.removeprefix('algo.')}", error.value, error.accepted) from error
+        accepted = re.sub(r"\balgo\.(?=\w)", f"algo.{part}.", error.accepted)
+        raise SpecError(f"algo.{part}.{error.option.removeprefix('algo.')}", error.value, accepted) from error
+
+
+def _written(choice: object) -> str:
+    """A value as it is written on the command line."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, object]:
@@ -191,9 +204,11 @@ def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, objec
             (wanted,) = (kind for kind in alternatives if kind is not NoneType)
         if get_origin(wanted) is Literal:
             if value not in get_args(wanted):
-                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(str, get_args(wanted)))}")
+                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(_written, get_args(wanted)))}")
         elif wanted is float and type(value) in (int, float):
             value = float(value)
+        elif wanted is str and type(value) in (int, float):
+            value = str(value)
         elif type(value) is not wanted and not (optional and value is None):
             raise SpecError(f"algo.{name}", value, f"must be {EXPECTED[wanted]}{' or null' if optional else ''}")
         values[name] = value

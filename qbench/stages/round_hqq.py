@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qbench.formats import QParams, QTensor, Range, TensorFormat, fit, quantize
+from qbench.formats import Int, QParams, QTensor, Range, TensorFormat, fit, quantize
 from qbench.formats.tensor import encode
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 
@@ -144,6 +144,8 @@ class Hqq(Stage):
         require(1 <= self.kappa <= 10, "algo.kappa", self.kappa, "a factor from 1 to 10 (authors: 1.01)")
         require(0 < self.p <= 1, "algo.p", self.p, "a norm above 0, at most 1 (authors: 0.7)")
         for fmt in formats:
+            accepted = "int, of 2 to 8 bits with zero points: those are what hqq fits"
+            require(isinstance(fmt.element, Int), "format", fmt.element.name, accepted)
             require(
                 fmt.zero == "float",
                 "zero_point",

@@ -34,6 +34,7 @@ QUICK: dict[str, dict[str, object]] = {
     "normtweaking": {"epochs": 1},
     "duquant": {"block_size": 8, "max_rotation_step": 4},
     "osplus": {"search_tokens": 32},
+    "spinquant": {"steps": 4},
 }
 GROUPS = uniform(bits=3, group_size=8, symmetric=False)
 INPUTS = InputFormat(format=uniform(bits=8, group_size=-1, symmetric=True))
