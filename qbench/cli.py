@@ -146,10 +146,11 @@ def _measured(metric: MetricRow) -> str:
 
 
 def _layer_summary(layers: Sequence[LayerMetric]) -> tuple[str, dict[str, object]]:
-    """Title and lines for the layers with the largest output error."""
-    errors = sorted((each for each in layers if each.name == "output_error"), key=lambda each: -each.value)
+    """Title and lines for the layers with the largest output error, or weight error where no input was looked at."""
+    name = "output_error" if any(each.name == "output_error" for each in layers) else "weight_error"
+    errors = sorted((each for each in layers if each.name == name), key=lambda each: -each.value)
     lines = {f"block {each.block} {each.module}": f"{each.value:.4g}" for each in errors[:_WORST_LAYERS]}
-    return f"largest output errors (of {len(errors)} weights)", lines
+    return f"largest {name.replace('_', ' ')}s (of {len(errors)} weights)", lines
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:

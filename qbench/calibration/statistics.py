@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 class Statistic(Protocol):
-    """A sum (or maximum) over input tokens x [..., in]; `tokens` counts them."""
+    """A sum (or maximum) over input tokens x [..., in]; `tokens` counts them. paired: whether `update` also takes the
+    same tokens' input on the full-precision stream."""
 
+    paired: ClassVar[bool]
     tokens: int
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
@@ -27,6 +29,8 @@ class Statistic(Protocol):
 
 class _SecondMoment:
     """The mean over tokens of an outer product, float32 [in, in], which is summed until it is finished."""
+
+    paired: ClassVar[bool] = False
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, in_features, device=device)
@@ -84,6 +88,8 @@ class CrossMoment(_SecondMoment):
 class AbsMean:
     """E|x_j|, float32 [in]: AWQ's measure of how salient an input channel is."""
 
+    paired: ClassVar[bool] = False
+
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, device=device)
         self.tokens = 0
@@ -108,6 +114,8 @@ class AbsMean:
 
 class AbsMax:
     """max|x_j| over all tokens, float32 [in], 0 without any: how large an input channel gets (SmoothQuant)."""
+
+    paired: ClassVar[bool] = False
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.largest = torch.zeros(in_features, device=device)
@@ -138,6 +146,8 @@ class LoudestTokens:
     The diagonal's magnitudes are what `AbsMax` gives. A token that many channels peak in stands in many rows; of equal
     magnitudes the first token seen counts.
     """
+
+    paired: ClassVar[bool] = False
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.rows = torch.zeros(in_features, in_features, device=device)

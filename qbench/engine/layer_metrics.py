@@ -53,7 +53,7 @@ def layer_metrics(
 def clip_ratio(weight: Tensor, codes: QTensor) -> float | None:
     """Mean over blocks of min(1, range of the codes / range of the weights); None where codes and weights don't live
     in the same basis."""
-    if getattr(codes, "basis", None) is not None:
+    if codes.basis is not None:
         return None
     if codes.order is not None:
         weight = weight[:, codes.order]

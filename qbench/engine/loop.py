@@ -60,7 +60,7 @@ class Recipe:
     @property
     def pairs(self) -> bool:
         """Whether a statistic of the quantized stream also looks at the full-precision one's inputs."""
-        return any(getattr(statistic, "paired", False) for statistic in self.pipeline.needs("quantized"))
+        return any(statistic.paired for statistic in self.pipeline.needs("quantized"))
 
 
 @dataclass
@@ -256,7 +256,7 @@ class _Work:
     def _observe(self, group: LinearGroup, x: Tensor, partner: Tensor | None) -> None:
         started = time.perf_counter()
         for statistic in self.statistics.get(group.index, {}).values():
-            if getattr(statistic, "paired", False):
+            if statistic.paired:
                 statistic.update(x, partner)
             else:
                 statistic.update(x)

@@ -125,6 +125,7 @@ class AdaDim(Stage):
                 except NumericsError as error:
                     raise NumericsError(f"{view.where}, {ref.name} ({statistic.tokens} tokens): {error}") from error
                 codes[ref.name] = found.weight
+                metrics += [(ref.name, "damp", self.damp)] if self.solver == "gptq" else []
                 metrics.append((ref.name, "adadim_per_input", float(found.per_input < found.per_output)))
                 ratio = found.per_input / found.per_output if found.per_output > 0 else 1.0
                 metrics.append((ref.name, "adadim_error_per_input", ratio))

@@ -143,6 +143,7 @@ class Quip(Stage):
                 except NumericsError as error:
                     raise NumericsError(f"{view.where}, {ref.name} ({statistic.tokens} tokens): {error}") from error
                 codes[ref.name] = found
+                metrics.append((ref.name, "damp", self.damp))
                 if found.basis is not None:
                     metrics += [(ref.name, "coherence", coherence(weight))]
                     metrics += [(ref.name, "coherence_rotated", coherence(found.basis.enter(weight)))]
