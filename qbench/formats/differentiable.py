@@ -21,7 +21,7 @@ from qbench.formats.scale import FloatScale
 from qbench.formats.tensor import QParams, TensorFormat
 
 #: Elements whose gradients are computed at once: bounds the temporaries of a backward pass.
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 
 
 def supports(fmt: TensorFormat) -> bool:

@@ -133,7 +133,7 @@ class AutoRound(Stage):
         loss = weights_loss(view, refs, values, squared_error)
         before = mean_loss(loss, view.data, self.batch_size, view.where)
         lr, minmax_lr = self.rates
-        offsets = Learned([rounding.offset for rounding in learned.values()], lr)
+        offsets = Learned([rounding.offset for rounding in learned.values()], lr, kept=torch.float16)
         shares = Learned([end for rounding in learned.values() for end in (rounding.lower, rounding.upper)], minmax_lr)
         report = train(
             [offsets, shares],

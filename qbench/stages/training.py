@@ -26,11 +26,13 @@ DIVERGED = 10.0
 
 @dataclass(frozen=True)
 class Learned:
-    """Leaf tensors that are learned together, at the same rate; they are changed in place."""
+    """Leaf tensors that are learned together, at the same rate; they are changed in place. kept: dtype in which the
+    best of them are put aside, None for their own."""
 
     tensors: Sequence[Tensor]
     lr: float
     weight_decay: float = 0.0
+    kept: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def train(
     Where the mean loss of an epoch's worth of steps exceeds DIVERGED times the first epoch's, training ends: with the
     best so far, or with "none" in NumericsError. NumericsError also for a loss or gradient that is not finite.
 
-    Memory beyond the caller's: gradients, the optimizer's moments (none with "signsgd") and, with keep_best, a copy of
-    the tensors; what one minibatch needs is freed before the next.
+    Memory beyond the caller's: the optimizer's moments (none with "signsgd"), with keep_best a copy of the tensors, and
+    one gradient at a time (with clip_grad all of them): a tensor moves as soon as its gradient is known. What one
+    minibatch needs is freed before the next.
     """
     assert (epochs is None) != (steps is None), "either epochs or steps"
     assert generator is not None or (steps is None and not shuffle), "random minibatches need a generator"
@@ -105,21 +108,18 @@ def train(
     if not tensors or total == 0:
         return TrainReport()
     with torch.inference_mode(False):
-        loop = _Loop(groups, loss, count, batch_size, optimizer, autocast, where, total)
+        loop = _Loop(groups, loss, count, batch_size, optimizer, autocast, where, total, clip_grad)
         batches = (
             _epochs(count, batch_size, shuffle, generator) if steps is None else _draws(count, batch_size, generator)
         )
-        best = _Best(tensors, keep_best)
+        best = _Best(groups, keep_best)
         if keep_best == "epoch":
             best.offer(loop.evaluate(0), 0)
         losses: list[float] = []
         diverged = False
         for step in range(total):
             loop.set_rates(_factor(schedule, step, total))
-            value = loop.forward_backward(next(batches), step)
-            if keep_best == "step":
-                best.offer(value, step)
-            loop.update(clip_grad, step)
+            value = loop.step(next(batches), step, best.offer if keep_best == "step" else None)
             if project is not None:
                 with torch.no_grad():
                     project()
@@ -179,36 +179,59 @@ class _Loop:
         autocast: bool,
         where: str,
         total: int,
+        clip_grad: float | None,
     ) -> None:
         self._tensors = [tensor for group in groups for tensor in group.tensors]
         self._rates = [group.lr for group in groups]
-        nodes = [{"params": list(g.tensors), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
-        self._optimizer = OPTIMIZERS[optimizer](nodes)
+        kind = OPTIMIZERS[optimizer]
+        self._optimizers = [[kind([t], lr=g.lr, weight_decay=g.weight_decay) for t in g.tensors] for g in groups]
+        self._clip_grad = clip_grad
         self._loss, self._where, self._total = loss, where, total
         self._every = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
         self._count = count
         self._autocast = autocast
 
     def set_rates(self, factor: float) -> None:
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+        for optimizers, rate in zip(self._optimizers, self._rates, strict=True):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate * factor
 
-    def forward_backward(self, batch: list[int], step: int) -> float:
+    def step(self, batch: list[int], step: int, offer: Callable[[float, int], None] | None) -> float:
+        """The minibatch's loss, which `offer` is told while the tensors are those it belongs to; then they move."""
         with torch.enable_grad():
             value = self._compute(batch, step)
             found = value.item()
             self._require_finite(found, "loss", step)
-            value.backward()
+            if offer is not None:
+                offer(found, step)
+            if self._clip_grad is not None:
+                value.backward()
+                norm = torch.nn.utils.clip_grad_norm_(self._tensors, self._clip_grad)
+                self._require_finite(norm.item(), "gradient", step)
+                for tensor, optimizer in self._moving():
+                    self._move(tensor, optimizer, step)
+                return found
+            hooks = [
+                tensor.register_post_accumulate_grad_hook(lambda t, optimizer=optimizer: self._move(t, optimizer, step))
+                for tensor, optimizer in self._moving()
+                if tensor.requires_grad
+            ]
+            try:
+                value.backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return found
 
-    def update(self, clip_grad: float | None, step: int) -> None:
-        gradients = [tensor.grad for tensor in self._tensors if tensor.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._require_finite(norm.item(), "gradient", step)
-        if clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._tensors, clip_grad, norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    def _moving(self) -> Iterator[tuple[Tensor, torch.optim.Optimizer]]:
+        return zip(self._tensors, (each for optimizers in self._optimizers for each in optimizers), strict=True)
+
+    @torch.no_grad()
+    def _move(self, tensor: Tensor, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if tensor.grad is not None:
+            self._require_finite(torch.linalg.vector_norm(tensor.grad).item(), "gradient", step)
+            optimizer.step()
+            tensor.grad = None
 
     def evaluate(self, step: int) -> float:
         """Mean loss per sequence over all of them."""
@@ -234,9 +257,12 @@ class _Loop:
 class _Best:
     """A copy of the tensors with the smallest loss offered so far."""
 
-    def __init__(self, tensors: Sequence[Tensor], keep: KeepBest) -> None:
-        self._tensors = tensors
-        self._kept = None if keep == "none" else [torch.empty_like(t, requires_grad=False) for t in tensors]
+    def __init__(self, groups: Sequence[Learned], keep: KeepBest) -> None:
+        dtypes = [(tensor, group.kept or tensor.dtype) for group in groups for tensor in group.tensors]
+        self._tensors = [tensor for tensor, _ in dtypes]
+        self._kept = None
+        if keep != "none":
+            self._kept = [torch.empty_like(t, dtype=dtype, requires_grad=False) for t, dtype in dtypes]
         self.initial: float | None = None
         self.value: float | None = None
         self.step: int | None = None
