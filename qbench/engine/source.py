@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qbench.errors import AssetError, StructureError
-from qbench.structure.blocks import find_blocks
+from qbench.structure.blocks import find_blocks, use_single_experts
 from qbench.structure.online import attached, attached_to_attention
 
 
@@ -45,12 +45,16 @@ class Source(Protocol):
 
 
 class MemorySource:
-    """A model that is loaded already; it is never changed: every block is handed out as a copy."""
+    """A model that is loaded already; it is never changed: every block is handed out as a copy.
+
+    It computes its experts one by one from the start, so that it gives the same numbers before and after a pass.
+    """
 
     resident = loadable = True
     metrics = ()
 
     def __init__(self, model: nn.Module) -> None:
+        use_single_experts(model)
         self.model = model
         self.prefix, self._blocks = find_blocks(model)
         first = next(model.parameters())

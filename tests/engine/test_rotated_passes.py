@@ -61,9 +61,9 @@ def _nll(source, weights, windows):
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_evaluation_streams_and_the_model_with_its_weights_agree(name, scheme):
     model, calibration, windows = _model(name)
-    plain = window_nll(model, windows)
     recipe = _recipe(scheme)
     source = rotated(MemorySource(model), recipe)
+    plain = window_nll(model, windows)
     result = run_pass(source, recipe, calibration, evaluations=(windows,))
     whole = _nll(source, result.weights, windows)
     assert torch.allclose(whole, stream_nll(source, result.evaluations[0], windows), rtol=1e-5)

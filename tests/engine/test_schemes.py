@@ -84,8 +84,8 @@ def test_evaluation_streams_and_the_model_with_its_weights_agree(scheme):
     """The same window behind the blocks of the pass and through the model as a whole."""
     model, calibration, windows = _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plain = window_nll(model, windows)
     source = MemorySource(model)
+    plain = window_nll(model, windows)
     result = run_pass(source, _recipe(scheme), calibration, evaluations=(windows,))
     whole = _nll(model, result.weights, windows)
     streamed = stream_nll(source, result.evaluations[0], windows, head=result.weights.head)
