@@ -1,4 +1,4 @@
-"""Pareto figures: perplexity against the counted bits per weight, one figure per model and evaluation."""
+"""Pareto figures: a metric against the counted bits per weight, one figure per model, evaluation and metric."""
 
 import itertools
 import re
@@ -15,6 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis.style import house_style, marks
 from analysis.tables.sweep import Evaluation, SweepTable
+from qbench.metrics import MetricInfo
 
 # Ratio of the largest to the smallest value beyond which a linear axis hides the differences at its foot.
 LOG_BEYOND = 20.0
@@ -37,42 +38,42 @@ def pareto_front(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
 def pareto_figures(table: SweepTable, folder: Path, stem: str = "pareto") -> list[Path]:
     """Draw the figures of a sweep; the files written: a PDF, a PNG and a CSV of the plotted rows for each.
 
-    Files are named after stem, task and (where there are several) model. Points without a perplexity or bits
-    per weight are left out; where no point is left there is no figure.
+    Files are named after stem, task, metric (but for perplexity) and, where there are several, model. Metrics
+    without a better direction, and those that only add detail to another, get none. Points without a value or
+    bits per weight are left out; where no point is left there is no figure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = list(dict.fromkeys(table.frame["model"].dropna()))
     written: list[Path] = []
     for model in models:
         for evaluation in table.evaluations:
+            metric = evaluation.metric
+            if not metric.headline or metric.higher_is_better is None:
+                continue
             points = plotted_rows(table, model, evaluation)
             if points["algo"].ne("none").any():
                 parts = [stem, *([model] if len(models) > 1 else []), evaluation.label]
+                parts += [metric.name] if metric.name != "ppl" else []
                 name = re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
-                written += _write(points, folder / name, caption(points))
+                written += _write(points, metric, folder / name, caption(points, evaluation))
     return written
 
 
 def plotted_rows(table: SweepTable, model: str, evaluation: Evaluation) -> pd.DataFrame:
-    """The rows of one figure, baseline included: label, algorithm, bits, perplexity, whether on the front,
-    keys."""
-    frame, label = table.frame, evaluation.label
-    rows = frame[(frame["model"] == model) & frame[f"ppl {label}"].notna()]
+    """The rows of one figure, baseline included: label, algorithm, bits, value, whether on the front, keys."""
+    frame = table.frame
+    rows = frame[(frame["model"] == model) & frame[evaluation.value].notna()]
     rows = rows[rows["bits_per_weight"].notna() | (rows["algo"] == "none")]
     names = ["label", "model", "algo", "bits", "group_size", "weight_format", "act_format", "kv_format"]
     points = rows[[*names, "bits_per_weight"]].copy()
     points["series"] = _series(points)
-    points["ppl"], points["stderr"], points["n"] = (
-        rows[f"ppl {label}"],
-        rows[f"ppl_stderr {label}"],
-        rows[f"n {label}"],
-    )
+    points["metric"], points["value"] = evaluation.metric.name, rows[evaluation.value]
+    points["stderr"], points["n"] = rows[evaluation.stderr], rows[evaluation.n]
     points["task"], points["protocol"] = evaluation.task, evaluation.protocol
     candidates = points["algo"] != "none"
     points["on_front"] = False
-    points.loc[candidates, "on_front"] = pareto_front(
-        points.loc[candidates, "bits_per_weight"].to_numpy(), points.loc[candidates, "ppl"].to_numpy()
-    )
+    losses = points.loc[candidates, "value"].to_numpy() * (-1 if evaluation.metric.higher_is_better else 1)
+    points.loc[candidates, "on_front"] = pareto_front(points.loc[candidates, "bits_per_weight"].to_numpy(), losses)
     points["run_id"], points["key"], points["spec_key"] = rows["run_id"], rows["key"], evaluation.spec_key
     return points.reset_index(drop=True)
 
@@ -88,41 +89,45 @@ def _series(points: pd.DataFrame) -> pd.Series:
     return (points["algo"] + ", " + beside).where(points["algo"] != "none", "none")
 
 
-def caption(points: pd.DataFrame) -> str:
+def caption(points: pd.DataFrame, evaluation: Evaluation) -> str:
     """What a reader has to know to judge and recompute the figure."""
     first = points.iloc[0]
-    windows = " or ".join(str(n) for n in sorted(points["n"].unique()))
+    counts = " or ".join(str(n) for n in sorted(points["n"].unique()))
+    quantity = evaluation.metric.quantity
     return (
-        f"{first['model']}, {first['task']}: perplexity by protocol {first['protocol']}, {windows} windows, "
+        f"{first['model']}, {first['task']}: {quantity} by protocol {first['protocol']}, {counts} {evaluation.items}, "
         "bars ±1 standard error; bits counted with scales and zeros, without embeddings and head. "
         "Faded: dominated. Points of equal bits that would hide each other are drawn side by side. "
         f"Evaluation {first['spec_key'][:12]}; run keys in the CSV."
     )
 
 
-def draw(points: pd.DataFrame, axes: Axes) -> None:
-    """Draw rows of `plotted_rows` (of one model and evaluation) into `axes`."""
+def draw(points: pd.DataFrame, metric: MetricInfo, axes: Axes) -> None:
+    """Draw rows of `plotted_rows` (of one model, evaluation and metric) into `axes`."""
     baselines, candidates = points[points["algo"] == "none"], points[points["algo"] != "none"]
+    values = candidates["value"] if metric.against_full else points["value"]
+    logarithmic = not metric.higher_is_better and values.min() > 0 and values.max() > LOG_BEYOND * values.min()
+    if metric.against_full:  # full precision is at its own ideal by definition; on a logarithmic axis nowhere
+        baselines = baselines.iloc[:0]
     for _, row in baselines.iterrows():
         axes.axhline(
-            row["ppl"],
+            row["value"],
             color="black",
             linestyle="--",
             linewidth=1.0,
-            label=f"{row['label']}\n{row['ppl']:.4g}",
+            label=f"{row['label']}\n{row['value']:.4g}",
         )
     front = candidates[candidates["on_front"]].sort_values("bits_per_weight")
     if len(front) > 1:
         axes.step(
             front["bits_per_weight"],
-            front["ppl"],
+            front["value"],
             "-",
             where="post",
             color="#777777",
             linewidth=1.0,
             label="front",
         )
-    logarithmic = points["ppl"].max() > LOG_BEYOND * points["ppl"].min()
     style = marks(candidates["series"])
     slots = sideways_slots(candidates, logarithmic)
     for (_, row), slot in zip(candidates.iterrows(), slots, strict=True):
@@ -130,7 +135,7 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
         aside = ScaledTranslation(slot * _SLOT_POINTS / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
             row["bits_per_weight"],
-            row["ppl"],
+            row["value"],
             yerr=None if np.isnan(row["stderr"]) else row["stderr"],
             fmt=mark.marker,
             color=mark.colour,
@@ -140,16 +145,23 @@ def draw(points: pd.DataFrame, axes: Axes) -> None:
             transform=axes.transData + aside,
         )
     # Markers drawn aside do not count when the axes are scaled: their data has to be announced.
-    spread = candidates["stderr"].fillna(0.0)
-    for ends in (candidates["ppl"] + spread, np.maximum(candidates["ppl"] - spread, candidates["ppl"] / 2)):
+    for ends in _bars(candidates, logarithmic):
         axes.update_datalim(np.column_stack([candidates["bits_per_weight"], ends]))
     axes.margins(x=0.05 + 0.03 * max(map(abs, slots)), y=0.05)
     for series, mark in style.items():
         axes.plot([], [], mark.marker, color=mark.colour, label=series)
     axes.set_xlabel("bits per weight (better ←)")
-    axes.set_ylabel(f"perplexity on {points['task'].iloc[0]} (better ↓)")
+    unit = f", {metric.unit}," if metric.unit else ""
+    axes.set_ylabel(f"{metric.quantity} on {points['task'].iloc[0]}{unit} (better {metric.arrow})")
     if logarithmic:
-        _use_log_scale(axes, points["ppl"].max() / points["ppl"].min())
+        _use_log_scale(axes, values.max() / values.min())
+
+
+def _bars(points: pd.DataFrame, logarithmic: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(tops, feet) of the error bars; on a logarithmic axis no foot is below half of its value."""
+    values, spread = points["value"].to_numpy(), points["stderr"].fillna(0.0).to_numpy()
+    feet = values - spread
+    return values + spread, np.maximum(feet, values / 2) if logarithmic else feet
 
 
 def sideways_slots(points: pd.DataFrame, logarithmic: bool) -> list[int]:
@@ -158,8 +170,8 @@ def sideways_slots(points: pd.DataFrame, logarithmic: bool) -> list[int]:
     Methods with one number format have the same bits to the last digit. Points on the front stay in place.
     """
     scale = np.log if logarithmic else np.asarray
-    values, stderr = points["ppl"].to_numpy(), points["stderr"].fillna(0.0).to_numpy()
-    tops, feet = scale(values + stderr), scale(np.maximum(values - stderr, values / 2))
+    values = points["value"].to_numpy()
+    tops, feet = map(scale, _bars(points, logarithmic))
     half_marker = 0.03 * np.ptp(scale(values))
     slots: dict[int, int] = {}
     for index in np.lexsort((values, ~points["on_front"].to_numpy(dtype=bool))):
@@ -190,11 +202,11 @@ def _use_log_scale(axes: Axes, ratio: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _write(points: pd.DataFrame, base: Path, text: str) -> list[Path]:
+def _write(points: pd.DataFrame, metric: MetricInfo, base: Path, text: str) -> list[Path]:
     paths = [base.with_name(f"{base.name}.{suffix}") for suffix in ("pdf", "png", "csv")]
     with house_style():
         figure = Figure(layout="constrained")
-        draw(points, figure.add_subplot())
+        draw(points, metric, figure.add_subplot())
         figure.legend(loc="outside right upper")  # outside: it can hide no point
         figure.supxlabel(textwrap.fill(text, 125), fontsize=6.5, color="#444444", x=0.01, ha="left")
         figure.savefig(paths[0], metadata={"CreationDate": None})  # without a date, equal rows give equal files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qbench.errors import SpecError
+from qbench.errors import SpecError, written
 
 
 def integer(option: str, value: object, low: int, high: int | None = None, also: str = "") -> int:
@@ -23,5 +23,5 @@ def flag(option: str, value: object) -> bool:
 
 def choice(option: str, value: object, accepted: Any) -> Any:
     if not isinstance(value, (str, bool)) or value not in accepted:
-        raise SpecError(option, value, f"must be one of {', '.join(map(str, accepted))}")
+        raise SpecError(option, value, f"must be one of {', '.join(map(written, accepted))}")
     return value

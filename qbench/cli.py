@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qbench.errors import QbenchError
+from qbench.errors import QbenchError, SpecError
 from qbench.store import queries
 from qbench.store.database import Database
 from qbench.store.owner import state
@@ -22,6 +22,7 @@ from qbench.store.records import LayerMetric, MetricRow, RunRow
 DEFAULT_STORE = "sqlite:///results/results.db"
 STATUSES = ("running", "done", "failed")
 _WORST_LAYERS = 10
+_FILE_COLUMNS = 120
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -34,7 +35,13 @@ class _OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of a command (None: of this process's arguments): 2, and one line, for bad input."""
     try:
-        options = _parser().parse_args(argv)
+        parser = _parser()
+        options, rest = parser.parse_known_args(argv)
+        if rest and (options.command is not _evaluate or any(each.startswith("-") for each in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.rest = rest  # argparse takes no more positional arguments once an option has come
+        if options.command is _doctor:  # needs no database: that one can be opened is what it finds out
+            return _doctor(options)
         with Database(options.store, create=False) as database:
             return options.command(database, options)
     except QbenchError as error:
@@ -59,6 +66,29 @@ def _parser() -> argparse.ArgumentParser:
     showing = commands.add_parser("show", parents=[shared], help="show all of a run")
     showing.add_argument("run", help="id, or the beginning of the key")
     showing.set_defaults(command=_show)
+
+    comparing = commands.add_parser("compare", parents=[shared], help="compare two runs metric by metric")
+    for name in ("a", "b"):
+        comparing.add_argument(name, metavar=name.upper(), help="id, or the beginning of the key")
+    comparing.add_argument(
+        "--alpha", type=float, default=0.05, help="significance level after Holm's correction; default: %(default)s"
+    )
+    comparing.add_argument(
+        "--margin", type=float, metavar="SHARE", help="test equivalence within this share of B's value (0.01: 1 %%)"
+    )
+    comparing.add_argument(
+        "--bootstrap", type=int, metavar="N", help="paired bootstrap of N resamples instead of t and McNemar's test"
+    )
+    comparing.set_defaults(command=_compare)
+
+    measuring = commands.add_parser("eval", help="measure finished runs again, with other evaluations")
+    measuring.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
+    measuring.add_argument("run", nargs="+", help="id, or the beginning of the key; and key=value, such as eval=zeroshot")
+    measuring.set_defaults(command=_evaluate)
+
+    checking = commands.add_parser("doctor", parents=[shared], help="check this machine, install optional parts")
+    checking.add_argument("--install", choices=["opencompass"], help="install an optional part in its own environment")
+    checking.set_defaults(command=_doctor)
     return parser
 
 
@@ -124,6 +154,40 @@ def _show(database: Database, options: argparse.Namespace) -> int:
     if row.error_trace:
         _console().print(Text(f"\nerror trace\n{row.error_trace}", style="red"))
     return 0
+
+
+def _evaluate(database: Database, options: argparse.Namespace) -> int:
+    from qbench.command import compose_evaluation, conf_dir  # imports Hydra and torch, which no other command needs
+    from qbench.sweep import measure_rows
+
+    given = [*options.run, *options.rest]
+    settings = [each for each in given if "=" in each]
+    rows = [queries.run_named(database, each) for each in given if "=" not in each]
+    if not rows:
+        raise SpecError("run", " ".join(options.run), "at least one run, by its id or the beginning of its key")
+    return measure_rows(rows, compose_evaluation(settings), conf_dir() / "model", options.store)
+
+
+def _compare(database: Database, options: argparse.Namespace) -> int:
+    from analysis.compare import compare  # here: the other commands do without statistics
+    from analysis.tables.comparison import RenderedComparison
+
+    runs = [queries.run_named(database, name) for name in (options.a, options.b)]
+    found = compare(database, *runs, alpha=options.alpha, margin=options.margin, resamples=options.bootstrap)
+    if options.json:
+        _print_json(found.as_json())
+        return 0
+    console = Console()
+    if not console.is_terminal:  # a file has no width of its own
+        console = Console(width=_FILE_COLUMNS)
+    console.print(RenderedComparison(found))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from qbench import doctor
+
+    return doctor.main(options.store, as_json=options.json, part=options.install)
 
 
 def _columns(row: RunRow) -> dict[str, object]:

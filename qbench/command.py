@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import qbench
 from hydra_plugins.qbench_launcher import SweepLauncher
-from qbench.composition import composed, is_composed
+from qbench.composition import composed, composed_evaluations, is_composition
 from qbench.errors import SpecError
 from qbench.help import HELP
 
@@ -73,6 +73,32 @@ def run_command(arguments: list[str]) -> int:
     return run_sweep(composed)
 
 
+#: What `qbench eval` can be told; everything else is the run's own.
+_ABOUT_EVALUATION = ("eval", "model.path", "calib.path", "device", "resume_s", "results", "dry_run")
+
+
+def compose_evaluation(arguments: list[str]) -> DictConfig:
+    """The configuration for measuring finished runs, from `key=value` arguments. Raises SpecError for unknown keys and
+    for those that a finished run has settled."""
+    for text in arguments:
+        key = text.partition("=")[0]
+        if key not in _ABOUT_EVALUATION and not key.startswith("eval."):
+            accepted = f"not a setting of evaluations; {', '.join(_ABOUT_EVALUATION)}; all else is as it was in the run"
+            raise SpecError(key, text.partition("=")[2], accepted)
+    return compose_one(arguments)
+
+
+def compose_one(arguments: list[str]) -> DictConfig:
+    """The configuration of one point. Raises SpecError for unknown keys and for sweeps."""
+    _refuse_sweep(arguments)
+    _check_keys(arguments)
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _readable(error, arguments) from error
+
+
 def _overrides(arguments: list[str]) -> list[str]:
     """The `key=value` arguments."""
     return [a for a in arguments if not a.startswith("-")]
@@ -98,17 +124,22 @@ def _check_keys(arguments: list[str]) -> None:
             values = [str(v) for v in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
             for value in values:
                 options = sorted(path.stem for path in (conf_dir() / override.key_or_group).glob("*.yaml"))
-                if override.key_or_group == "algo" and is_composed(str(value)):
-                    _register(str(value))
+                if is_composition(override.key_or_group, str(value)):
+                    _register(override.key_or_group, str(value))
                 elif str(value) not in options:
                     raise _unknown_choice(override.key_or_group, value, options)
             chosen.setdefault(override.key_or_group, str(values[0]))
     for override in overrides:
         key = override.key_or_group
         if key not in groups:
-            known = _known_keys(chosen | _other_choices(overrides, groups, key))
+            choices = chosen | _other_choices(overrides, groups, key)
+            known = _known_keys(choices)
             if key not in known:
                 siblings = _siblings(key, known)
+                group = key.partition(".")[0]
+                if not siblings and group in groups:
+                    name = choices.get(group, _defaults().get(group))
+                    raise SpecError(key, typed[key], f"unknown key; {group}={name} has no options")
                 close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
                 accepted = ", ".join(siblings or [k for k in known if "." not in k])
                 hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -137,13 +168,13 @@ def _siblings(key: str, known: list[str]) -> list[str]:
     return []
 
 
-def _composed(name: str) -> dict:
-    return composed(name, conf_dir() / "algo")
+def _composed(group: str, name: str) -> dict:
+    return composed(name, conf_dir() / group) if group == "algo" else composed_evaluations(name, conf_dir() / group)
 
 
-def _register(name: str) -> None:
-    """Let Hydra find a composed algorithm as if a file described it."""
-    ConfigStore.instance().store(group="algo", name=name, node=_composed(name))
+def _register(group: str, name: str) -> None:
+    """Let Hydra find a composed algorithm, or several evaluations, as if a file described it."""
+    ConfigStore.instance().store(group=group, name=name, node=_composed(group, name))
 
 
 def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str]:
@@ -157,22 +188,29 @@ def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str
     return {}
 
 
+def _defaults() -> dict[str, str]:
+    """The choice of every group where the command line makes none."""
+    entries = OmegaConf.load(conf_dir() / "config.yaml").defaults
+    return {group: name for entry in entries if isinstance(entry, DictConfig) for group, name in entry.items()}
+
+
 def _known_keys(chosen: dict[str, str]) -> list[str]:
     """Every settable key of the configuration with these group choices."""
     root = OmegaConf.load(conf_dir() / "config.yaml")
-    defaults = {k: v for entry in root.pop("defaults") if isinstance(entry, DictConfig) for k, v in entry.items()}
+    root.pop("defaults")
     root.pop("hydra")
     keys = _flatten(root, "")
-    for group, default in defaults.items():
+    for group, default in _defaults().items():
         if not group.startswith("override"):
             name = chosen.get(group, default)
             path = conf_dir() / group / f"{name}.yaml"
-            if group == "algo" and is_composed(name):
-                keys += _flatten(OmegaConf.create(_composed(name)), "algo.")
+            if is_composition(group, name):
+                keys += _flatten(OmegaConf.create(_composed(group, name)), f"{group}.")
             elif GLOBAL_PACKAGE not in path.read_text():  # else it sets keys of the root, which are known already
                 keys += _flatten(OmegaConf.load(path), f"{group}.")
     # What a choice is called and consists of is fixed by its file.
-    return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith((".name", ".asset"))]
+    fixed = (".name", ".asset", ".evaluator")
+    return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith(fixed)]
 
 
 def _flatten(node: DictConfig, prefix: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ from qbench.calibration.corpora import Corpus, resolve_corpus
 from qbench.checks import choice, flag, integer
 from qbench.engine.loop import Recipe
 from qbench.errors import SpecError
-from qbench.evaluation.perplexity import VERSION as PERPLEXITY_VERSION
+from qbench.evaluation import evaluator
+from qbench.evaluation.base import Evaluation
 from qbench.formats.scheme import Scheme
 from qbench.scheme import build_scheme
-from qbench.spec import CalibrationSpec, EvaluationSpec, ModelSpec, RunSpec
+from qbench.spec import CalibrationSpec, ModelSpec, RunSpec
 from qbench.stages.pipeline import Pipeline, build_pipeline
 from qbench.stages.rotation import RotateStage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLERS = ("random", "sequential")
 SOURCES = ("memory", "stream")
-MODES = ("prefill", "decode")
 EXPORTS = ("none", "hf")
 
 
@@ -36,15 +36,13 @@ class Point:
     """One run that is wanted: its meaning (`spec`, `evaluations`) and how to carry it out (the rest)."""
 
     spec: RunSpec
-    evaluations: tuple[EvaluationSpec, ...]
+    evaluations: tuple[Evaluation, ...]
     model: ModelAsset
     calibration: Corpus | None
-    corpora: tuple[Corpus, ...]
     pipeline: Pipeline
     scheme: Scheme | None
     device: torch.device
     source: str
-    batch: int | None
     export: Path | None
     resume_s: float
 
@@ -91,19 +89,18 @@ def freeze(config: DictConfig) -> Point:
     if pipeline.stages and not scheme.weights and not scheme.at_run_time and not scheme.overrides:
         raise SpecError("format", "none", "something to quantize (format, act_bits, kv_bits), or algo=none")
     pipeline.check(scheme.weights, scheme)
-    device = _device(values["device"])
+    device = device_of(values["device"])
     source = choice("source", values["source"], SOURCES)
     learned = [stage.name for stage in pipeline.stages if isinstance(stage, RotateStage) and stage.learned]
     if learned and source != "memory":
         raise SpecError("source", source, f"memory with {learned[0]}, which learns on the whole model")
-    evaluations, corpora = _evaluations(values["eval"], source)
+    evaluations = evaluations_of(values["eval"], source)
     needs_data = pipeline.needs_data or (bool(pipeline.stages) and scheme.needs_data)
     calibration_spec, calibration = _calibration(values["calib"], needs_data)
     dtype = choice("dtype", values["dtype"], DTYPES)
     export = _export(values["export"])
     if export is not None and pipeline.stages and not scheme.weights and not scheme.overrides:
         raise SpecError("export", "hf", "quantized weights: what is quantized at run time is not in a checkpoint")
-    batch = values["eval"]["batch"]
     resume_s = values["resume_s"]
     if isinstance(resume_s, bool) or not isinstance(resume_s, (int, float)) or resume_s < 0:
         raise SpecError("resume_s", resume_s, "seconds >= 0")
@@ -122,12 +119,10 @@ def freeze(config: DictConfig) -> Point:
         evaluations=evaluations,
         model=model,
         calibration=calibration,
-        corpora=corpora,
         pipeline=pipeline,
         scheme=spec.scheme,
         device=device,
         source=source,
-        batch=None if batch is None else integer("eval.batch", batch, 1),
         export=export,
         resume_s=float(resume_s),
     )
@@ -137,7 +132,7 @@ def baseline(point: Point) -> Point:
     """The full-precision point that `point` is compared with: same model and evaluations, nothing quantized."""
     spec = RunSpec(algo="none", model=point.spec.model)
     return Point(
-        **{f: getattr(point, f) for f in ("evaluations", "model", "corpora", "device", "source", "batch", "resume_s")},
+        **{f: getattr(point, f) for f in ("evaluations", "model", "device", "source", "resume_s")},
         spec=spec,
         calibration=None,
         pipeline=Pipeline(()),
@@ -168,36 +163,23 @@ def _calibration(node: Mapping[str, Any], needs_data: bool) -> tuple[Calibration
     return spec, corpus
 
 
-def _evaluations(node: Mapping[str, Any], source: str) -> tuple[tuple[EvaluationSpec, ...], tuple[Corpus, ...]]:
-    length = integer("eval.length", node["length"], 2)
-    n = None if node["n"] is None else integer("eval.n", node["n"], 1)
-    mode = choice("eval.mode", node["mode"], MODES)
-    if mode == "decode" and source != "memory":
-        raise SpecError(
-            "eval.mode", mode, "source=memory: a model that is read block by block decodes no single tokens"
-        )
-    if node["path"] is not None:
-        corpora = [resolve_corpus(Path(str(node["path"])).stem, str(node["path"]), option="eval.path")]
-    else:
-        names = node["corpora"]
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise SpecError("eval.corpora", names, "a list of corpora such as [wikipedia-sample,c4-sample]")
-        corpora = [resolve_corpus(name, option="eval.corpora") for name in dict.fromkeys(names)]
-    specs = [
-        EvaluationSpec(
-            evaluator=node["name"],
-            version=PERPLEXITY_VERSION,
-            task=corpus.name,
-            fingerprint=corpus.fingerprint,
-            length=length,
-            n=n,
-            mode=mode,
-        )
-        for corpus in corpora
-    ]
-    if len({spec.key() for spec in specs}) < len(specs):
-        raise SpecError("eval.corpora", [c.name for c in corpora], "texts that differ: two of these are the same")
-    return tuple(specs), tuple(corpora)
+def evaluations_of(node: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
+    """What `eval=` asks for; a composed node (`eval=perplexity+zeroshot`) holds the parts by name."""
+    parts = [node[name] for name in node["name"].split("+")] if "+" in node["name"] else [node]
+    found: list[Evaluation] = []
+    for part in parts:
+        batch = None if part["batch"] is None else integer("eval.batch", part["batch"], 1)
+        for evaluation in evaluator(part.get("evaluator", part["name"])).build(part, source):
+            if source != "memory" and not evaluation.streams:
+                remedy = f"memory: {part['name']} cannot measure a model that is read block by block"
+                raise SpecError("source", source, remedy)
+            found.append(replace(evaluation, batch=batch))
+    keys = [evaluation.spec.key() for evaluation in found]
+    for place, evaluation in enumerate(found):
+        if keys[place] in keys[:place]:
+            twin = found[keys.index(keys[place])].spec.task
+            raise SpecError("eval", node["name"], f"every measurement once; {evaluation.spec.task} is {twin} again")
+    return tuple(found)
 
 
 def _export(node: Mapping[str, Any]) -> Path | None:
@@ -214,7 +196,7 @@ def _export(node: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-def _device(value: object) -> torch.device:
+def device_of(value: object) -> torch.device:
     name = choice("device", value, ("auto", "cpu", "cuda")) if not _is_indexed(value) else str(value)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

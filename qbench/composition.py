@@ -17,8 +17,22 @@ ALIASES = {"smooth": "smoothquant"}
 Node = dict[str, Any]
 
 
-def is_composed(name: str) -> bool:
-    return "+" in name or name in ALIASES
+def is_composition(group: str, name: str) -> bool:
+    """Whether a choice of a configuration group is put together from its files, and not one of them."""
+    return (group in ("algo", "eval") and "+" in name) or (group == "algo" and name in ALIASES)
+
+
+def composed_evaluations(name: str, folder: Path) -> Node:
+    """The configuration node of `eval=a+b`: the parts' nodes by name, so that options are set as `eval.a.length`."""
+    parts = [part.strip() for part in name.split("+")]
+    files = {path.stem: path for path in folder.glob("*.yaml")}
+    for part in parts:
+        if part not in files:
+            raise SpecError("eval", name, f"{part or 'an empty part'} is unknown; one of {', '.join(sorted(files))}")
+        if parts.count(part) > 1:
+            raise SpecError("eval", name, f"every part once; {part} comes twice")
+    nodes = {part: OmegaConf.to_container(OmegaConf.load(files[part]), resolve=False) for part in parts}
+    return {"name": "+".join(parts), **nodes}
 
 
 def composed(name: str, folder: Path) -> Node:

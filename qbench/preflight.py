@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShape:
-    """One linear weight by its full name; `block` is None outside the decoder blocks, `path` its name in the block."""
+    """One linear weight by its full name; `block` is None outside the decoder blocks, `path` its name in the block.
+    experts: whether it stands for all experts' slices of one parameter."""
 
     name: str
     path: str
     block: int | None
     out_features: int
     in_features: int
+    experts: bool
 
 
 def check_point(point: Point, skeleton: PreTrainedModel) -> None:
@@ -53,7 +55,7 @@ def check_context(point: Point, skeleton: PreTrainedModel) -> None:
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:  # positions are not bounded (ALiBi)
         return
-    lengths = [("eval.length", wanted.length) for wanted in point.evaluations]
+    lengths = [("eval.length", e.spec.length) for e in point.evaluations if e.spec.length is not None]
     if point.spec.calibration is not None:
         lengths.append(("calib.length", point.spec.calibration.length))
     for option, length in lengths:
@@ -76,7 +78,7 @@ def check_overrides(scheme: Scheme, shapes: list[LinearShape], blocks: int) -> N
     for place, override in enumerate(scheme.overrides):
         others = scheme.overrides[:place] + scheme.overrides[place + 1 :]
         if _formats(replace(scheme, overrides=others), shapes, blocks) == with_all:
-            where = f"modules: {override.modules}, blocks: {list(override.blocks or ()) or 'all'}"
+            where = f"modules: {override.modules or 'all'}, blocks: {list(override.blocks or ()) or 'all'}"
             raise SpecError("overrides", f"[{place}] ({where})", "an entry that changes a format: this one does not")
 
 
@@ -126,12 +128,17 @@ def check_stages(pipeline: Pipeline, scheme: Scheme, shapes: list[LinearShape], 
     """Every stage must be able to serve every quantized weight of the blocks."""
     inside = [shape for shape in shapes if shape.block is not None]
     quantized = [
-        WeightShape(name=shape.name, format=fmt, out_features=shape.out_features, in_features=shape.in_features)
+        WeightShape(
+            name=shape.name,
+            format=fmt,
+            out_features=shape.out_features,
+            in_features=shape.in_features,
+            experts=shape.experts,
+        )
         for shape in inside
         if (fmt := scheme.of_weight(shape.path, shape.block, blocks)) is not None
     ]
-    for stage in pipeline.stages:
-        stage.check_shapes(quantized)
+    pipeline.check_shapes(quantized)
 
 
 def check_rotation(name: str, rotation: Rotation, skeleton: PreTrainedModel, model: str) -> None:
@@ -153,9 +160,10 @@ def check_attention(point: Point, skeleton: PreTrainedModel, blocks: int) -> Non
     formats = {point.scheme.of_cache(block, blocks) for block in range(blocks)} - {None}
     if not formats:
         return
-    longest = max(evaluation.length for evaluation in point.evaluations)
+    lengths = [e.spec.length for e in point.evaluations]
+    longest = None if None in lengths else max(lengths)  # None: as the tasks' items come
     residual = min(fmt.residual for fmt in formats)
-    if residual >= longest:
+    if longest is not None and residual >= longest:
         raise SpecError("kv.residual", residual, f"fewer tokens than eval.length={longest}: else nothing is quantized")
     config = skeleton.config.get_text_config()
     if config._attn_implementation != "sdpa":
@@ -195,6 +203,7 @@ def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
                         block=number,
                         out_features=rows,
                         in_features=columns,
+                        experts=parameter.ndim == 3,
                     )
                 )
     head = skeleton.get_output_embeddings()
@@ -202,7 +211,12 @@ def linear_shapes(skeleton: PreTrainedModel) -> tuple[list[LinearShape], int]:
         rows, columns = head.weight.shape
         shapes.append(
             LinearShape(
-                name="lm_head.weight", path="lm_head.weight", block=None, out_features=rows, in_features=columns
+                name="lm_head.weight",
+                path="lm_head.weight",
+                block=None,
+                out_features=rows,
+                in_features=columns,
+                experts=False,
             )
         )
     return shapes, len(blocks)

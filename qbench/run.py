@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,27 +13,35 @@ from typing import Literal
 import torch
 
 from qbench.compose import DTYPES, Point
-from qbench.engine.passes import PassResult, StructureCache, run_pass
+from qbench.engine.passes import PassResult, run_pass
 from qbench.engine.resume import ResumePoint
 from qbench.engine.rotated import rotated
 from qbench.engine.sinks import Ledger, Weights, parameter_bytes
 from qbench.engine.source import Source
 from qbench.errors import NumericsError, SpecError
-from qbench.evaluation.decode import decode_nll
-from qbench.evaluation.perplexity import perplexity, stream_nll, window_nll
+from qbench.evaluation.base import Evaluation, Subject, WindowEvaluation
+from qbench.evaluation.perplexity import stream_nll
 from qbench.export.hf import StreamExport, export_memory
 from qbench.formats.scheme import Scheme
 from qbench.measure import PeakMemory, Phases, release_free_memory
 from qbench.scheme_weights import nominal_bits
 from qbench.session import Session
-from qbench.spec import EvaluationSpec, digest
+from qbench.spec import digest
 from qbench.store.database import Database, Heartbeat
-from qbench.store.records import Artifact, LayerMetric, Measurement, Outcome, RunColumns, RunRow
+from qbench.store.records import Artifact, Failure, LayerMetric, Measurement, Outcome, RunColumns, RunRow
 
 #: Called with (phase, done, total) and, while a stage learns, how far it has come.
 Progress = Callable[..., None]
 
 Result = Literal["done", "failed", "busy"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A measurement that did not succeed: its record, and the exception itself."""
+
+    record: Failure
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Computed:
     measurements: tuple[Measurement, ...]
     layer_metrics: tuple[LayerMetric, ...]
     artifacts: tuple[Artifact, ...]
+    failed: tuple[Failed, ...] = ()
 
 
 def execute(
@@ -51,7 +60,8 @@ def execute(
 ) -> tuple[Result, BaseException | None]:
     """Carry out a point that has no finished row. "busy" if another process holds it (or has just finished it).
 
-    An exception becomes a `failed` row with its trace and is returned; KeyboardInterrupt leaves the row running,
+    Where some measurements fail and others do not, the run is done, the failures are stored beside it and the first is
+    returned. Any other exception becomes a `failed` row with its trace and is returned; KeyboardInterrupt leaves the row running,
     to be taken over by the next invocation.
     """
     key = point.spec.key()
@@ -63,7 +73,11 @@ def execute(
         try:
             folder = _resume_folder(resume_root, point)
             computed = compute(point, point.evaluations, session, phases, memory, folder, progress)
-            database.finish(claim, computed.outcome, computed.measurements, computed.layer_metrics, computed.artifacts)
+            if computed.failed and not computed.measurements:
+                raise computed.failed[0].error
+            found = computed.measurements, computed.layer_metrics, computed.artifacts
+            failures = [each.record for each in computed.failed]
+            database.finish(claim, computed.outcome, *found, failures)
         except Exception as error:
             spent = Outcome(
                 phases=phases.seconds,
@@ -71,16 +85,16 @@ def execute(
                 peak_host_bytes=memory.host_bytes(),
                 peak_device_bytes=memory.device_bytes(),
             )
-            message = str(error).strip() or type(error).__name__
-            database.fail(claim, type(error).__name__, message.splitlines()[0], traceback.format_exc(), spent)
+            trace = "".join(traceback.format_exception(error))
+            database.fail(claim, type(error).__name__, _one_line(error), trace, spent)
             return "failed", error
-    return "done", None
+    return "done", computed.failed[0].error if computed.failed else None
 
 
 def measure_again(
     point: Point,
     row: RunRow,
-    missing: tuple[EvaluationSpec, ...],
+    missing: tuple[Evaluation, ...],
     session: Session,
     database: Database,
     resume_root: Path,
@@ -97,7 +111,9 @@ def measure_again(
             f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "
             "library versions); use another store.url for this environment"
         )
-    database.append(row.id, computed.measurements, computed.artifacts)
+    database.append(row.id, computed.measurements, computed.artifacts, [each.record for each in computed.failed])
+    if computed.failed:
+        raise computed.failed[0].error
 
 
 def _resume_folder(root: Path, point: Point) -> Path:
@@ -130,12 +146,13 @@ def columns(point: Point) -> RunColumns:
         device=str(point.device),
         dtype=spec.model.dtype,
         source=point.source,
+        family=spec.family(),
     )
 
 
 def compute(
     point: Point,
-    evaluations: tuple[EvaluationSpec, ...],
+    evaluations: tuple[Evaluation, ...],
     session: Session,
     phases: Phases,
     memory: PeakMemory,
@@ -147,19 +164,15 @@ def compute(
     with phases("load"):
         loaded = session.source(point)
         calibration = session.calibration(point)
-        windows = tuple(
-            session.windows(spec, corpus, point.model)
-            for spec, corpus in zip(point.evaluations, point.corpora, strict=True)
-            if spec in evaluations
-        )
     with phases("rotate"):
         source = rotated(loaded, point.recipe, calibration, partial(progress, "rotate"))
     if point.export is not None and not source.loadable:
         raise SpecError("export", "hf", f"{point.spec.algo} leaves no checkpoint that the model's own class could load")
     resume = ResumePoint(resume_folder, point.resume_s)
-    job = _Job(point, evaluations, windows, calibration, source, session.structure_cache(point.model), phases, resume)
+    job = _Job(point, evaluations, calibration, source, session, phases, resume)
     carry_out = job.in_memory if point.source == "memory" else job.streamed
     ledger, measurements, artifacts = carry_out(progress)
+    failed = tuple(job.failed)
     sizes = _sizes(source, ledger, DTYPES[point.spec.model.dtype])
     outcome = Outcome(
         **sizes,
@@ -173,7 +186,7 @@ def compute(
         codes_sha256=ledger.codes_sha256,
     )
     layers = tuple(LayerMetric(block=b, module=m, name=n, value=v) for b, m, n, v in (*source.metrics, *ledger.metrics))
-    return Computed(outcome, tuple(measurements), layers, tuple(artifacts))
+    return Computed(outcome, tuple(measurements), layers, tuple(artifacts), failed)
 
 
 @dataclass(frozen=True)
@@ -181,13 +194,13 @@ class _Job:
     """All that carrying out one point takes, gathered."""
 
     point: Point
-    evaluations: tuple[EvaluationSpec, ...]
-    windows: tuple[torch.Tensor, ...]
+    evaluations: tuple[Evaluation, ...]
     calibration: torch.Tensor | None
     source: Source
-    structures: StructureCache
+    session: Session
     phases: Phases
     resume: ResumePoint
+    failed: list[Failed] = field(default_factory=list)
 
     def in_memory(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
@@ -199,34 +212,51 @@ class _Job:
             release_free_memory()
         measurements, artifacts = [], []
         with self.phases("evaluate"):
-            for spec, tokens in zip(self.evaluations, self.windows, strict=True):
-                measurements.append(perplexity(self._nll(weights, spec, tokens, progress), spec))
+            subject = self.session.subject(self.point, self.source, weights)
+            for evaluation in self.evaluations:
+                measurements += self._guarded(evaluation, partial(self._measured, evaluation, subject, progress))
         if self.point.export is not None:
             with self.phases("export"), weights.inside(self.source.model) as model:
                 artifacts.append(export_memory(self.point.export, model, self.point.model))
         return ledger, measurements, artifacts
 
-    def _nll(self, weights: Weights, spec: EvaluationSpec, tokens: torch.Tensor, progress: Progress) -> torch.Tensor:
-        """NLL of every window, in one forward each or token by token through the cache."""
-        report = partial(progress, "evaluate")
-        if spec.mode == "prefill":
-            with weights.inside(self.source.model) as model:
-                return window_nll(model, tokens, self.point.batch, report)
-        formats, params = weights.caches(self.source.count)
-        with weights.inside(self.source.model, cache=False) as model:
-            return decode_nll(model, tokens, formats, params, self.point.batch, report)
+    def _measured(self, evaluation: Evaluation, subject: Subject, progress: Progress) -> list[Measurement]:
+        report = partial(progress, f"evaluate {evaluation.spec.task}")
+        return evaluation.measure(replace(subject, batch=evaluation.batch), report)
+
+    def _guarded(self, evaluation: Evaluation, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+        """What `measure` gives; nothing if it fails, which must not cost the run its other measurements."""
+        try:
+            return measure()
+        except Exception as error:
+            spec = evaluation.spec
+            record = Failure(
+                evaluator=spec.evaluator,
+                protocol=spec.protocol,
+                task=spec.task,
+                spec_key=spec.key(),
+                error_type=type(error).__name__,
+                message=_one_line(error),
+                trace=traceback.format_exc(),
+            )
+            self.failed.append(Failed(record, error))
+            return []
 
     def streamed(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """One pass over the blocks on disk: quantize one, push evaluation streams through it, export it, drop it."""
         target, model = self.point.export, self.point.model
         export = StreamExport(target, self.source, model) if target is not None else None
+        context = self.session.context(self.point)
+        evaluations = [each for each in self.evaluations if isinstance(each, WindowEvaluation)]
+        windows = tuple(each.windows(context) for each in evaluations)
         with self.phases("quantize"):  # the evaluation streams' forwards are inside: one trip serves both
-            result = self._pass(progress, self.windows, export)
+            result = self._pass(progress, windows, export)
         measurements = []
         with self.phases("evaluate"):
-            for spec, tokens, stream in zip(self.evaluations, self.windows, result.evaluations, strict=True):
-                nll = stream_nll(self.source, stream, tokens, partial(progress, "evaluate"), result.weights.head)
-                measurements.append(perplexity(nll, spec))
+            for evaluation, tokens, stream in zip(evaluations, windows, result.evaluations, strict=True):
+                named = partial(progress, f"evaluate {evaluation.spec.task}")
+                nll = stream_nll(self.source, stream, tokens, named, result.weights.head)
+                measurements += self._guarded(evaluation, partial(evaluation.measurements, nll))
         with self.phases("export"):
             artifacts = [export.close(result.weights.head)] if export is not None else []
         return result.ledger, measurements, artifacts
@@ -240,12 +270,16 @@ class _Job:
             self.calibration,
             evaluations=windows,
             keep_weights=self.point.source == "memory",
-            structures=self.structures,
+            structures=self.session.structure_cache(self.point.model),
             receive=export.receive if export is not None else lambda finished: None,
             resume=self.resume,
             progress=partial(progress, "quantize"),
             learning=partial(progress, "quantize"),
         )
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sizes(source: Source, ledger: Ledger, dtype: torch.dtype) -> dict[str, float | int]:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qbench.assets import ModelAsset
+from qbench.assets import ModelAsset, cache_dir
 from qbench.calibration.corpora import Corpus, tokenize
-from qbench.calibration.samplers import evaluation_windows, random, sequential
+from qbench.calibration.samplers import random, sequential
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import StructureCache
+from qbench.engine.sinks import Weights
 from qbench.engine.source import MemorySource, Source, StreamSource
 from qbench.errors import SpecError
+from qbench.evaluation.base import Subject
 from qbench.measure import share_one_heap
 from qbench.models.load import load_config, load_model, load_tokenizer, meta_model
 from qbench.preflight import check_point, check_rotation
-from qbench.spec import CalibrationSpec, EvaluationSpec
+from qbench.spec import CalibrationSpec
 from qbench.stages.rotation import RotateStage, quantizes_cache
 from qbench.store.environment import detect
 from qbench.store.records import Environment
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Session:
     tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     structures: dict[str, StructureCache] = field(default_factory=dict)
     skeletons: dict[str, PreTrainedModel] = field(default_factory=dict)
+    tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     rotatable: set[tuple[str, RotateStage, bool]] = field(default_factory=set)
     _environments: dict[torch.device, Environment] = field(default_factory=dict)
     _loaded: tuple[tuple, nn.Module] | None = None
@@ -70,6 +75,11 @@ class Session:
             self.skeletons[model.fingerprint] = meta_model(load_config(model))
         return self.skeletons[model.fingerprint]
 
+    def tokenizer(self, model: ModelAsset) -> PreTrainedTokenizerBase:
+        if model.fingerprint not in self.tokenizers:
+            self.tokenizers[model.fingerprint] = load_tokenizer(model)
+        return self.tokenizers[model.fingerprint]
+
     def structure_cache(self, model: ModelAsset) -> StructureCache:
         return self.structures.setdefault(model.fingerprint, StructureCache())
 
@@ -78,13 +88,19 @@ class Session:
         wanted: CalibrationSpec | None = point.spec.calibration
         if wanted is None:
             return None
-        ids = self._ids(point.calibration, point.model)
+        ids = self.ids(point.calibration, point.model)
         if wanted.sampler == "sequential":
             return sequential(ids, wanted.n, wanted.length)
         return random(ids, wanted.n, wanted.length, wanted.seed)
 
-    def windows(self, wanted: EvaluationSpec, corpus: Corpus, model: ModelAsset) -> Tensor:
-        return evaluation_windows(self._ids(corpus, model), wanted.length, wanted.n)
+    def context(self, point: Point) -> PointContext:
+        """What the point's evaluations may look at before weights are loaded."""
+        return PointContext(self, point)
+
+    def subject(self, point: Point, source: Source, weights: Weights) -> Subject:
+        """The point's model as its evaluations see it."""
+        fingerprint = f"{point.model.fingerprint}-{point.spec.model.dtype}"
+        return Subject(self.context(point), source.model, weights, partial(self.model, point), fingerprint)
 
     def preflight(self, point: Point) -> None:
         """Everything that can be refused from the configuration and the texts, before any weights load.
@@ -99,13 +115,14 @@ class Session:
         check_point(point, self.skeleton(point.model))
         self._check_rotation(point)
         self.calibration(point)
-        for wanted, corpus in zip(point.evaluations, point.corpora, strict=True):
-            self.windows(wanted, corpus, point.model)
+        for evaluation in point.evaluations:
+            evaluation.preflight(self.context(point))
 
-    def _ids(self, corpus: Corpus, model: ModelAsset) -> Tensor:
+    def ids(self, corpus: Corpus, model: ModelAsset) -> Tensor:
+        """Token ids of a whole text, int64 [total]."""
         key = (corpus.fingerprint, model.fingerprint)
         if key not in self.tokens:
-            self.tokens[key] = tokenize(corpus, load_tokenizer(model))
+            self.tokens[key] = tokenize(corpus, self.tokenizer(model))
         return self.tokens[key]
 
     def _check_rotation(self, point: Point) -> None:
@@ -118,3 +135,37 @@ class Session:
                     rotation = stage.rotation(0, cache=cache)
                     check_rotation(stage.name, rotation, self.skeleton(point.model), point.model.name)
                     self.rotatable.add(key)
+
+
+@dataclass(frozen=True)
+class PointContext:
+    """A point before its weights are loaded, as `evaluation.base.Context` describes it."""
+
+    session: Session
+    point: Point
+
+    @property
+    def name(self) -> str:
+        return self.point.model.name
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        return self.session.skeleton(self.point.model)
+
+    @property
+    def cache_folder(self) -> Path:
+        return cache_dir() / "evaluation"
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.session.tokenizer(self.point.model)
+
+    def tokens(self, corpus: Corpus) -> Tensor:
+        return self.session.ids(corpus, self.point.model)
+
+    def quantizes_at_run_time(self) -> str | None:
+        point = self.point
+        if point.pipeline.online:
+            return "inputs, which are transformed"
+        if point.scheme is None or not point.scheme.at_run_time:
+            return None
+        return "inputs" if point.scheme.input is not None else "cache"

@@ -79,6 +79,14 @@ class RunSpec:
         """sha256 (hex) of the canonical form."""
         return digest(self.canonical())
 
+    def family(self) -> str:
+        """sha256 (hex) of the canonical form without seeds: names runs that differ by chance alone."""
+        canonical = self.canonical()
+        canonical["seed"] = None
+        if self.calibration is not None:
+            canonical["calibration"]["seed"] = None
+        return digest(canonical)
+
     def describe(self) -> dict:
         """Everything, labels included, as plain values for the `run.spec` column."""
         values = asdict(self)
@@ -92,27 +100,35 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
-    """One measurement that is wanted of a model: perplexity of one text under the `window-<length>` protocol.
+    """One measurement that is wanted of a model: one evaluator, one text or task, one protocol.
 
-    `mode` "prefill" reads a window in one forward, "decode" token by token through the cache. `n` is the number of
-    windows (None: all). `task` is the text's name and, like every label, not in the key.
+    `fingerprint` is the sha256 of what is read (a text, a task's items). `mode` is how: "prefill" (a window in one
+    forward), "decode" (token by token through the cache), "rolling", "0-shot" and so on. `length` is the tokens of a
+    window, or of the largest context (None: the model's); `n` the number of items (None: all). `options` are whatever
+    else changes the number, sorted by name. `task` is the name of the text or task and, like every label, not in the
+    key.
     """
 
     evaluator: str
     version: int
     task: str
     fingerprint: str
-    length: int
+    length: int | None
     n: int | None
     mode: str = "prefill"
+    options: tuple[tuple[str, Scalar], ...] = ()
 
     @property
     def protocol(self) -> str:
-        return f"{'window' if self.mode == 'prefill' else self.mode}-{self.length}"
+        """The rules of the measurement, by which rows are told apart: `window-512`, `decode-512`, `0-shot`."""
+        mode = "window" if self.mode == "prefill" else self.mode
+        return mode if self.length is None else f"{mode}-{self.length}"
 
     def key(self) -> str:
         tagged = _tagged(self)
         del tagged["task"]
+        if not self.options:  # windows have none: their keys are older than options
+            del tagged["options"]
         return digest({"key_scheme": KEY_SCHEME, **tagged})
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qbench.compose import Point, SweepOptions, baseline, freeze, sweep_options
+from qbench.compose import Point, SweepOptions, baseline, evaluations_of, freeze, sweep_options
 from qbench.errors import SpecError
+from qbench.evaluation.base import Evaluation
 from qbench.progress import SweepProgress
-from qbench.spec import EvaluationSpec
 from qbench.store import queries
 from qbench.store.database import Database
 from qbench.store.records import RunRow
@@ -39,7 +40,7 @@ class Planned:
     point: Point
     state: State
     row: RunRow | None
-    missing: tuple[EvaluationSpec, ...]
+    missing: tuple[Evaluation, ...]
 
 
 def run_sweep(configs: Sequence[DictConfig]) -> int:
@@ -48,7 +49,27 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
     Raises SpecError or AssetError for anything that can be refused before the first point starts.
     """
     options = _shared_options(configs)
-    points = with_baselines([freeze(config) for config in configs])
+    return run_points([freeze(config) for config in configs], options)
+
+
+def measure_rows(rows: Sequence[RunRow], config: DictConfig, named: Path, store_url: str) -> int:
+    """Take the measurements that `config.eval` asks for of finished runs, and of their baselines; the exit code.
+
+    `named` is the folder of named models. Raises SpecError or AssetError for a run that cannot be rebuilt.
+    """
+    from qbench.rebuild import means, rebuilt
+
+    unfinished = next((row for row in rows if row.status != "done"), None)
+    if unfinished is not None:
+        raise SpecError("run", unfinished.id, f"a finished run; this one is {unfinished.status}")
+    options = replace(sweep_options(config), store_url=store_url)
+    evaluations = evaluations_of(OmegaConf.to_container(config.eval, resolve=True), "memory")
+    return run_points([rebuilt(row, evaluations, means(row, config, named)) for row in rows], options)
+
+
+def run_points(wanted: Sequence[Point], options: SweepOptions) -> int:
+    """Carry out the points and their baselines, as far as the database lacks them; the exit code."""
+    points = with_baselines(wanted)
     console = Console()
     if not console.is_terminal:  # a log file has no width of its own
         console = Console(width=LOG_COLUMNS)
@@ -64,18 +85,29 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
 
 
 def with_baselines(points: Sequence[Point]) -> list[Point]:
-    """The points, each meaning once, followed by the full-precision points they are compared with."""
+    """The points, each once with all that is to be measured of it, after the full-precision points they are compared
+    with."""
     unique: dict[tuple, Point] = {}
     for point in (*map(baseline, points), *points):
-        identity = (point.spec.key(), *sorted(spec.key() for spec in point.evaluations))
-        if identity not in unique or point.export is not None:
-            unique[identity] = point
+        identity = (point.spec.key(), str(point.export))
+        known = unique.get(identity)
+        unique[identity] = point if known is None else _with_evaluations(known, point.evaluations)
+    for key, target in list(unique):  # what is exported need not be made once more without
+        if target != "None" and (key, "None") in unique:
+            exported = unique[key, target]
+            unique[key, target] = _with_evaluations(exported, unique.pop((key, "None")).evaluations)
     exports = [point.export for point in unique.values() if point.export is not None]
     if len(set(exports)) < len(exports):
         raise SpecError(
             "export.path", exports[0], "a folder per point, for instance export.path='out/${algo.name}-${bits}'"
         )
     return list(unique.values())
+
+
+def _with_evaluations(point: Point, more: Sequence[Evaluation]) -> Point:
+    present = {evaluation.spec.key() for evaluation in point.evaluations}
+    added = tuple(evaluation for evaluation in more if evaluation.spec.key() not in present)
+    return replace(point, evaluations=point.evaluations + added)
 
 
 def look_up(point: Point, database: Database) -> Planned:
@@ -87,7 +119,7 @@ def look_up(point: Point, database: Database) -> Planned:
     if row.status == "running":
         return Planned(point, "running", row, point.evaluations)
     measured = database.measured(row.id)
-    missing = tuple(spec for spec in point.evaluations if spec.key() not in measured)
+    missing = tuple(each for each in point.evaluations if each.spec.key() not in measured)
     if missing:
         return Planned(point, "to measure", row, missing)
     if point.export is not None and not _exported(point, row, database):
@@ -195,7 +227,7 @@ def summarize(
     from analysis.tables.terminal import Rendered
 
     keys = [point.spec.key() for point in points]
-    evaluations = list(dict.fromkeys(spec.key() for point in points for spec in point.evaluations))
+    evaluations = list(dict.fromkeys(each.spec.key() for point in points for each in point.evaluations))
     table = sweep_table(database, keys, evaluations)
     console.print(Rendered(table))
     for path in pareto_figures(table, options.results):
@@ -227,7 +259,8 @@ def _settings(point: Point) -> dict[str, str]:
         "model": f"{spec.model.name} ({spec.model.dtype}, {point.model.served_by})",
         "device": f"{point.device}, source={point.source}",
         "evaluation": ", ".join(
-            f"{e.task} {e.protocol} ({'all' if e.n is None else e.n} windows)" for e in point.evaluations
+            f"{e.task} {e.protocol} ({'all' if e.n is None else e.n})"
+            for e in (each.spec for each in point.evaluations)
         ),
     }
     if spec.calibration is not None:

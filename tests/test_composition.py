@@ -1,10 +1,12 @@
 """`algo=a+b+c`: which stages a composed name means, in which order, and under which names its options are set."""
 
+from itertools import permutations
+
 import pytest
 from omegaconf import OmegaConf
 
 from qbench.command import conf_dir
-from qbench.composition import composed, is_composed
+from qbench.composition import composed, is_composition
 from qbench.errors import SpecError
 from qbench.stages.pipeline import build_pipeline
 
@@ -51,11 +53,14 @@ def test_parts_follow_each_other_and_what_only_accompanies_one_gives_way(name, s
 
 
 def test_an_alias_is_its_algorithm():
-    assert is_composed("smooth")
-    assert not is_composed("smoothquant")
-    assert _node("smooth") == OmegaConf.to_container(
-        OmegaConf.create({"algo": OmegaConf.load(conf_dir() / "algo" / "smoothquant.yaml")}), resolve=True
-    )["algo"]
+    assert is_composition("algo", "smooth")
+    assert not is_composition("algo", "smoothquant")
+    assert (
+        _node("smooth")
+        == OmegaConf.to_container(
+            OmegaConf.create({"algo": OmegaConf.load(conf_dir() / "algo" / "smoothquant.yaml")}), resolve=True
+        )["algo"]
+    )
 
 
 def test_equal_pipelines_are_equal_however_they_are_written():
@@ -83,6 +88,9 @@ def test_options_of_what_gave_way_are_gone():
     ("name", "why"),
     [
         ("gptq+awq", "ROTATE < TRANSFORM"),
+        ("awq+magr", r"write the single stages: algo=awq_scale\+magr\+awq_clip\+gptq$"),
+        ("awq+duquant", r"write the single stages: algo=awq_scale\+duquant\+awq_clip\+rtn$"),
+        ("gptq+awq+rtn", "RECONSTRUCT$"),
         ("gptq+rtn", "exactly one stage that rounds"),
         ("awq_scale+awq", "every stage once"),
         ("awq_clip+mse_clip", "no awq_clip: mse_clip chooses ranges by itself"),
@@ -101,3 +109,19 @@ def test_options_of_what_gave_way_are_gone():
 def test_what_makes_no_pipeline_is_refused_with_the_reason(name, why):
     with pytest.raises(SpecError, match=why):
         _stages(name)
+
+
+def test_what_an_error_suggests_instead_is_the_same_stages_in_legal_order():
+    names = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
+    suggested = 0
+    for first, second in permutations(names, 2):
+        try:
+            _stages(f"{first}+{second}")
+        except SpecError as error:
+            given, found, remedy = str(error).partition("write the single stages: algo=")
+            if found:
+                suggested += 1
+                stages = [stage.name for stage in _stages(remedy)]
+                assert stages == remedy.split("+")
+                assert sorted(stages) == sorted(given.partition(":")[0].removeprefix("algo.pipeline=").split("+"))
+    assert suggested > 50

@@ -33,7 +33,7 @@ RTN = [{"stage": "rtn"}]
 
 def _check_model(model, scheme, lengths=(8,), calibration=None, pipeline=RTN):
     spec = SimpleNamespace(calibration=calibration and SimpleNamespace(length=calibration), scheme=scheme)
-    evaluations = tuple(SimpleNamespace(length=length) for length in lengths)
+    evaluations = tuple(SimpleNamespace(spec=SimpleNamespace(length=length)) for length in lengths)
     point = SimpleNamespace(
         scheme=scheme,
         evaluations=evaluations,
@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "an entry like the scheme": (
         Scheme(weight=INT4, overrides=(Override(blocks=(0,), roles=("weight",), weight=INT4),)),
-        "overrides=[0] (modules: None, blocks: [0])",
+        "overrides=[0] (modules: all, blocks: [0])",
         "changes a format",
     ),
     "an entry that a later one undoes": (
@@ -216,6 +216,9 @@ def test_shapes_are_those_of_the_layers(name):
             elif type(module).__name__ == "Conv1D":
                 assert sizes[f"{prefix}.{index}.{path}.weight"] == (module.nf, module.nx)
     assert sizes["lm_head.weight"] == (VOCABULARY, HIDDEN)
+    assert {shape.path for shape in found if shape.experts} == (
+        {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} if name == "mixtral" else set()
+    )
     if name == "mixtral":
         assert sizes[f"{prefix}.0.mlp.experts.gate_up_proj"] == (2 * 48, HIDDEN)
         assert sizes[f"{prefix}.0.mlp.experts.down_proj"] == (HIDDEN, 48)
@@ -242,6 +245,23 @@ def test_a_stage_that_cannot_serve_a_weight_is_refused():
     other, _ = tiny_model("llama", hidden_size=48)  # two key heads of 12 channels
     with pytest.raises(SpecError, match=r"group_size=16: with algo=adadim a divisor of the 24 outputs"):
         _check_model(other, Scheme(weight=_group(16)), pipeline=adadim)
+
+
+def test_gptaq_of_experts_is_refused_before_anything_loads():
+    model, _ = tiny_model("mixtral")
+    refusal = r"^algo=gptaq: model\.layers\.0\.mlp\.experts\.gate_up_proj: gptaq compares both streams .* algo=gptq, or"
+    with pytest.raises(SpecError, match=refusal) as refused:
+        _check_model(model, Scheme(weight=_group(8)), pipeline=[{"stage": "gptaq"}])
+    assert len(str(refused.value).splitlines()) == 1
+    _check_model(model, _override(modules="experts"), pipeline=[{"stage": "gptaq"}])
+    _check_model(model, Scheme(weight=_group(8)), pipeline=[{"stage": "gptq"}])
+
+
+def test_options_of_a_composed_algorithm_go_by_their_part():
+    model, _ = tiny_model("llama")
+    pipeline = [{"stage": "duquant", "part": "duquant"}, {"stage": "rtn", "part": "rtn"}]
+    with pytest.raises(SpecError, match=r"^algo\.duquant\.block_size=128: a divisor"):
+        _check_model(model, Scheme(weight=_group(8)), pipeline=pipeline)
 
 
 ROTATABLE = ["llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2", "gpt_neox", "phi", "falcon", "stablelm"]

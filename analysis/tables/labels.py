@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qbench.spec import difference
 from qbench.store.records import RunRow
 
 # The algorithm and its bits are in every label; the rest where it varies, in this order.
@@ -86,6 +87,25 @@ def _values(rows: Sequence[RunRow], name: str) -> set[object]:
     size)."""
     relevant = rows if name in _OF_THE_MODEL else [row for row in rows if not is_baseline(row)]
     return {getattr(row, name) for row in relevant} - {None}
+
+
+def setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, object, object]]:
+    """(dotted path, left's value, right's value) wherever two specs differ; stages and options go by their names."""
+    return list(difference(_named(left), _named(right)))
+
+
+def _named(value: Any) -> Any:
+    """`value` with lists of named items, and of [name, value] pairs, as mappings."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(item, Mapping) and "name" in item for item in value):
+            names = [item["name"] for item in value]
+            if len(set(names)) == len(names):
+                return {item["name"]: _named({k: v for k, v in item.items() if k != "name"}) for item in value}
+        if all(isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str) for item in value):
+            return {name: _named(item) for name, item in value}
+    return value
 
 
 def _spec_differences(specs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

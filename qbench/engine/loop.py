@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from qbench.calibration.statistics import Hessian, Statistic
 from qbench.engine.activations import InputQuantizer
 from qbench.engine.kv import CacheQuantizer
 from qbench.engine.layer_metrics import layer_metrics
-from qbench.engine.partners import Partners
+from qbench.engine.observations import Observations
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.runtime import Runtime, calibrate
 from qbench.engine.streams import Stream
@@ -23,7 +22,7 @@ from qbench.engine.student import make_student
 from qbench.errors import NumericsError
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.formats.scheme import Scheme
-from qbench.stages.base import BlockData, BlockView, Kind, Outcome, ScopeCall, Stage
+from qbench.stages.base import BlockData, BlockView, Kind, Outcome, Stage
 from qbench.stages.pipeline import Pipeline
 from qbench.structure.blocks import BlockCall
 from qbench.structure.online import attach
@@ -40,7 +39,7 @@ Report = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline and the formats of all roles. `needs_data`: whether calibration text changes the result."""
+    """A pipeline, the formats of all roles, and where random numbers start."""
 
     pipeline: Pipeline
     scheme: Scheme
@@ -125,12 +124,12 @@ def quantize_block(
         if stage.kind >= Kind.ROUND and work.run_time is None:
             work.run_time = work.calibrated()
         if stage.kind == Kind.ROUND and any(need.stream == "quantized" for need in stage.needs):
-            work.collect(pipeline.needs("quantized"))
+            work.observations.start_quantized(pipeline.needs("quantized"))
             streams.quantized.settle(
                 block,
                 index,
                 work.structure,
-                work.observe_quantized,
+                work.observations.see_quantized,
                 lambda group, stage=stage: work.apply(stage, (group,)),
                 work.run_time.runtime(),
             )
@@ -148,7 +147,8 @@ def quantize_block(
         streams.quantized.advance(block, index, work.run_time.runtime())
     if streams.quantized is not None and streams.full is not None:
         work.metrics.append(("", "stream_error", _stream_error(streams.quantized, streams.full)))
-    work.metrics += [("", f"{name}_s", seconds) for name, seconds in work.seconds.items()]
+    seconds = work.seconds | ({"statistics": work.observations.seconds} if work.observations.seconds else {})
+    work.metrics += [("", f"{name}_s", spent) for name, spent in seconds.items()]
     refs = [ref for group in structure.groups for ref in group.weights]
     unquantized = sum(ref.out_features * ref.in_features for ref in refs if work.formats[ref.name] is None)
     return replace(work.run_time, codes=work.codes, metrics=tuple(work.metrics), unquantized=unquantized)
@@ -173,7 +173,8 @@ def check_finite(block: nn.Module, where: str) -> None:
 @dataclass
 class _Work:
     """What accumulates while one block goes through its stages. structure: without the weights that stay in full
-    precision; whole: with them."""
+    precision; whole: with them. probes: by tokens, samples of the full-precision stream; `probe` is what transforms are
+    proved on, the largest of them."""
 
     block: nn.Module
     whole: BlockStructure
@@ -182,12 +183,10 @@ class _Work:
     recipe: Recipe
     streams: Streams
     report: Report
+    probes: Mapping[int, Probe] = field(default_factory=dict)
     probe: Probe | None = None
     run_time: FinishedBlock | None = None
     full_inputs: tuple[Tensor, ...] = ()
-    scopes: Mapping[int, tuple[ScopeCall, ...]] = field(default_factory=dict)
-    statistics: dict[int, dict[type, Statistic]] = field(default_factory=dict)
-    partners: Partners | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
     codes: dict[str, QTensor] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
@@ -200,31 +199,33 @@ class _Work:
         inputs = {name: scheme.of_input(name, self.index, self.count) for name in names}
         self.inputs = {name: fmt for name, fmt in inputs.items() if fmt is not None}
         self.structure = _quantized_part(self.whole, self.formats)
+        self.observations = Observations(self.block, self.structure, f"block {self.index}", pairs=self.recipe.pairs)
         self.generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.index)
 
     def follow_full(self) -> None:
-        """One trip of the full-precision stream: its statistics, a sample to search on and to guard transforms."""
+        """One trip of the full-precision stream: its statistics, samples to search on and to guard transforms."""
         pipeline, stream = self.recipe.pipeline, self.streams.full
         if pipeline.transforms or pipeline.scope_tokens > 0:
             length = stream.chunks[0].shape[1]
             total = sum(chunk.shape[0] for chunk in stream.chunks)
-            sequences = evenly_spaced(pipeline.scope_tokens // length, total)
-            self.probe = Probe.observe(self.block, self.index, stream, sequences)
-            self.scopes = self.probe.scopes(self.block, self.structure) if pipeline.scope_tokens else {}
-        self.collect(pipeline.needs("full"))
-        self.partners = Partners() if self.recipe.pairs else None
+            self.probes = {
+                tokens: Probe.observe(self.block, self.index, stream, evenly_spaced(tokens // length, total))
+                for tokens in pipeline.samples
+            }
+            self.probe = self.probes[pipeline.scope_tokens]
+        self.observations.start_full(pipeline.needs("full"))
         keep = pipeline.trains or any(stage.moves_inputs for stage in pipeline.stages)
         self.full_inputs = tuple(stream.chunks) if keep else ()
         started = time.perf_counter()
-        stream.observe(self.block, self.index, self.structure, self.observe_full)
+        stream.observe(self.block, self.index, self.structure, self.observations.see_full)
         self.metrics.append(("", "full_stream_s", time.perf_counter() - started))
 
     def observe_again(self) -> None:
         """Collect the full-precision stream's statistics anew, on the block as it is now."""
         stream = self.streams.full
-        self.collect(self.recipe.pipeline.needs("full"))
-        self.partners = Partners() if self.recipe.pairs else None
-        Stream(self.full_inputs, stream.calls).observe(self.block, self.index, self.structure, self.observe_full)
+        self.observations.start_full(self.recipe.pipeline.needs("full"))
+        again = Stream(self.full_inputs, stream.calls)
+        again.observe(self.block, self.index, self.structure, self.observations.see_full)
 
     def calibrated(self) -> FinishedBlock:
         """What is quantized while the block, as it is now, runs: the inputs of its weights, its cache."""
@@ -233,52 +234,21 @@ class _Work:
         inputs, quantizer = calibrate(self.block, self.index, self.whole, stream, self.inputs, cache)
         return FinishedBlock(self.index, self.block, self.whole, inputs=inputs, cache=quantizer)
 
-    def collect(self, wanted: frozenset[type]) -> None:
-        """Start fresh statistics for every group."""
-        device = next(self.block.parameters()).device
-        self.statistics = {
-            group.index: {kind: kind(group.in_features, device) for kind in wanted}
-            for group in self.structure.groups
-            if group.weights
-        }
-
-    def observe_full(self, group: LinearGroup, x: Tensor) -> None:
-        if self.partners is not None and group.weights:
-            self.partners.keep(group.index, x)
-        self._observe(group, x, None)
-
-    def observe_quantized(self, group: LinearGroup, x: Tensor) -> None:
-        partner = None
-        if self.partners is not None and group.weights:
-            partner = self.partners.take(group.index, x, f"block {self.index}, {group.weights[0].name}")
-        self._observe(group, x, partner)
-
-    def _observe(self, group: LinearGroup, x: Tensor, partner: Tensor | None) -> None:
-        started = time.perf_counter()
-        for statistic in self.statistics.get(group.index, {}).values():
-            if statistic.paired:
-                statistic.update(x, partner)
-            else:
-                statistic.update(x)
-        self._spent("statistics", started)
-
     def apply(self, stage: Stage, groups: tuple[LinearGroup, ...], behind: Stream | None = None) -> None:
         """Show the stage its groups, install what it decided, and measure what that did to each layer. behind: the
         quantized stream as it enters the block, for stages that learn."""
         groups = tuple(group for group in groups if group.weights)
         if not groups:
             return
-        for group in groups:
-            for statistic in self.statistics.get(group.index, {}).values():
-                statistic.finish()
+        self.observations.finish(groups)
         view = BlockView(
             block=self.block,
             structure=self.structure,
             groups=groups,
             formats=self.formats,
             ranges=self.ranges,
-            statistics=self.statistics,
-            scopes=self.scopes,
+            statistics=self.observations.statistics,
+            scopes=self.probes[stage.scope_tokens].scopes(self.block, self.structure) if stage.scope_tokens else {},
             inputs=self.inputs,
             data=self._data(behind) if stage.trains else None,
             generator=self.generator,
@@ -291,15 +261,14 @@ class _Work:
         spent = self._spent(f"{stage.name}_solve", started)
         started = time.perf_counter()
         if stage.kind == Kind.ROUND:
-            self.metrics += layer_metrics(self.block, groups, outcome, self.statistics, spent)
+            self.metrics += layer_metrics(self.block, groups, outcome, self.observations.statistics, spent)
         self._install(outcome)
         if outcome.parameters and (stage.kind == Kind.TRANSFORM or stage.transforms):
             self._transformed(stage, outcome)
         elif outcome.parameters and stage.kind < Kind.ROUND and self.probe is not None:  # a change that is meant
             self.probe = replace(self.probe, expected=self.probe.call(self.block, self.probe.hidden))
         if stage.kind == Kind.ROUND:  # a settled group's statistics are needed by nobody
-            for group in groups:
-                self.statistics.pop(group.index, None)
+            self.observations.forget(groups)
         self._spent("install", started)
 
     def _data(self, behind: Stream) -> BlockData:
@@ -322,7 +291,7 @@ class _Work:
         )
 
     def _transformed(self, stage: Stage, outcome: Outcome) -> None:
-        """Prove the transform, and let what later stages look at follow it."""
+        """Prove the transform, and see again what later stages look at where it cannot follow."""
         self.guard(stage)
         stages = self.recipe.pipeline.stages
         later = stages[stages.index(stage) + 1 :]
@@ -330,9 +299,7 @@ class _Work:
         if outcome.observe_again and (full or self.recipe.pairs):
             self.observe_again()
         elif outcome.observe_again:
-            self.statistics = {}
-        if any(other.scope_tokens for other in later):
-            self.scopes = self.probe.scopes(self.block, self.structure)
+            self.observations.forget_all()
 
     def _spent(self, name: str, started: float) -> float:
         spent = time.perf_counter() - started
@@ -344,17 +311,11 @@ class _Work:
             self.block.get_parameter(path).data.copy_(value)
         groups = {group.index: group for group in self.structure.groups}
         for group, scale in outcome.input_scales.items():
-            kept = self.statistics.get(group, {})
-            self.statistics[group] = {k: s.rescaled(scale) for k, s in kept.items()}
-            if self.partners is not None:
-                self.partners.change(group, lambda x, scale=scale: x / scale)
+            self.observations.rescale(group, scale)
         for group, transform in outcome.online.items():
             for ref in groups[group].weights:
                 attach(self.block, ref.name, transform)
-            kept = self.statistics.get(group, {})  # the pipeline has seen to it that no later stage looks at others
-            self.statistics[group] = {Hessian: kept[Hessian].transformed(transform)} if Hessian in kept else {}
-            if self.partners is not None:
-                self.partners.change(group, transform)
+            self.observations.transform(group, transform)
         refs = {ref.name: ref for group in self.structure.groups for ref in group.weights}
         for name, codes in outcome.codes.items():
             refs[name].write(self.block, codes.dequantize())

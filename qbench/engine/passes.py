@@ -82,9 +82,9 @@ def run_pass(
         sample_hidden, sample_calls = capture_calls(model, sample)
         if recipe is not None and (recipe.needs_full or recipe.needs_quantized):
             n, length = calibration.shape
-            probed = len(evenly_spaced(pipeline.scope_tokens // length, n))
+            probed = {len(evenly_spaced(tokens // length, n)) for tokens in pipeline.samples}
             batches = {min(size, n) for size in pipeline.batch_sizes}
-            stream = embed(source, model, calibration, {probed, *batches, *(n % size for size in batches)} - {0})
+            stream = embed(source, model, calibration, {*probed, *batches, *(n % size for size in batches)} - {0})
             streams.full = stream if recipe.needs_full else None
             streams.quantized = stream.copy() if recipe.needs_quantized else None
         followers = tuple(embed(source, model, windows) for windows in evaluations)

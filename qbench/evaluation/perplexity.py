@@ -7,23 +7,32 @@ perplexity is exp of the mean over windows. This is the protocol of the GPTQ pap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.calibration.corpora import Corpus, resolve_corpus
+from qbench.calibration.samplers import evaluation_windows
+from qbench.checks import choice, integer
 from qbench.engine.sinks import with_head
 from qbench.engine.source import Source
 from qbench.engine.streams import Stream
-from qbench.errors import EvaluationError
+from qbench.errors import EvaluationError, SpecError
+from qbench.evaluation.base import Context, Evaluation, Report, Subject, WindowEvaluation
 from qbench.spec import EvaluationSpec
 from qbench.store.records import Measurement
 from qbench.structure.blocks import finish
 
 #: Raise when the same windows give another number.
 VERSION = 1
+
+MODES = ("prefill", "decode")
 
 #: Tokens per forward where no batch size is given: one long window, or a few short ones.
 BATCH_TOKENS = 1024
@@ -96,3 +105,82 @@ def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
         for row, ids in zip(logits, tokens, strict=True)
     ]
     return torch.stack(means)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPerplexity(WindowEvaluation):
+    """Perplexity of a text's first windows, each read in one forward."""
+
+    corpus: Corpus
+
+    def preflight(self, context: Context) -> None:
+        self.windows(context)
+
+    def windows(self, context: Context) -> Tensor:
+        return evaluation_windows(context.tokens(self.corpus), self.spec.length, self.spec.n)
+
+    def measure(self, subject: Subject, report: Report) -> list[Measurement]:
+        windows = self.windows(subject.context)
+        with subject.quantized() as model:
+            return self.measurements(window_nll(model, windows, self.batch, report))
+
+    def measurements(self, nll: Tensor) -> list[Measurement]:
+        return [perplexity(nll, self.spec)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePerplexity(Evaluation):
+    """The same token by token through the cache."""
+
+    corpus: Corpus
+
+    def preflight(self, context: Context) -> None:
+        self._windows(context)
+
+    def _windows(self, context: Context) -> Tensor:
+        return evaluation_windows(context.tokens(self.corpus), self.spec.length, self.spec.n)
+
+    def measure(self, subject: Subject, report: Report) -> list[Measurement]:
+        from qbench.evaluation.decode import decode_nll  # imports transformers, which a plan does not need
+
+        windows = self._windows(subject.context)
+        formats, params = subject.weights.caches(subject.model.config.get_text_config().num_hidden_layers)
+        with subject.weights.inside(subject.model, cache=False) as model:
+            return [perplexity(decode_nll(model, windows, formats, params, self.batch, report), self.spec)]
+
+
+def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
+    """The evaluations that `conf/eval/perplexity.yaml` describes: one per text. Raises SpecError and AssetError."""
+    length = integer("eval.length", options["length"], 2)
+    n = None if options["n"] is None else integer("eval.n", options["n"], 1)
+    mode = choice("eval.mode", options["mode"], MODES)
+    if mode == "decode" and source != "memory":
+        remedy = "source=memory: a model that is read block by block decodes no single tokens"
+        raise SpecError("eval.mode", mode, remedy)
+    kind = WindowPerplexity if mode == "prefill" else DecodePerplexity
+    return tuple(
+        kind(
+            spec=EvaluationSpec(
+                evaluator="perplexity",
+                version=VERSION,
+                task=corpus.name,
+                fingerprint=corpus.fingerprint,
+                length=length,
+                n=n,
+                mode=mode,
+            ),
+            corpus=corpus,
+        )
+        for corpus in texts(options)
+    )
+
+
+def texts(options: Mapping[str, Any]) -> list[Corpus]:
+    """The texts that `eval.corpora`, or in their place `eval.path`, name."""
+    if options["path"] is not None:
+        path = str(options["path"])
+        return [resolve_corpus(Path(path).stem, path, option="eval.path")]
+    names = options["corpora"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise SpecError("eval.corpora", names, "a list of corpora such as [wikipedia-sample,c4-sample]")
+    return [resolve_corpus(name, option="eval.corpora") for name in dict.fromkeys(names)]

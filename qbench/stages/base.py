@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qbench.calibration.statistics import Statistic
-from qbench.errors import SpecError
+from qbench.errors import NumericsError, SpecError
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.formats.scheme import InputFormat, Scheme
 from qbench.structure.trace import BlockStructure, LinearGroup
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qbench.structure.online import InputTransform
 
 StreamName = Literal["full", "quantized"]
+AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
 
 class Kind(IntEnum):
@@ -52,12 +53,13 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightShape:
-    """A weight that is going to be quantized, or all experts' slices of one parameter."""
+    """A weight that is going to be quantized, or (`experts`) all experts' slices of one parameter."""
 
     name: str
     format: TensorFormat
     out_features: int
     in_features: int
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ class BlockView:
     """What a stage may look at. `block` holds the current (transformed, partly quantized) parameters: read only.
 
     statistics: by group index, then type, already transformed along with the weights. scopes: by group index, the
-    calls of the group's scope modules in the block as it is now, with their outputs in full precision; only if a stage
-    asks (`scope_tokens`). inputs: by weight name, how the weight's input is quantized at run time; absent where it is
-    not. data: only for stages that learn (`trains`). index, count: which block it is, of how many.
+    calls of the group's scope modules in the block as it is now, with their outputs in full precision, on as many
+    tokens as the stage asks for (`scope_tokens`). inputs: by weight name, how the weight's input is quantized at run
+    time; absent where it is not. data: only for stages that learn (`trains`). index, count: which block it is, of how
+    many.
     """
 
     block: nn.Module
@@ -120,6 +123,13 @@ class BlockView:
 
     def format(self, ref: WeightRef) -> TensorFormat:
         return self.formats[ref.name]
+
+    def statistic(self, group: LinearGroup, kind: type[AnyStatistic]) -> AnyStatistic:
+        """What is known of the group's input. NumericsError where that is not finite."""
+        found = self.statistics[group.index][kind]
+        if not torch.isfinite(found.value()).all():
+            raise NumericsError(f"{self.where}, {group.weights[0].name}: input of the layer is not finite")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qbench.errors import NumericsError
 from qbench.stages.base import BlockData, BlockView
 from qbench.stages.training import gather
+from qbench.structure.float64 import LinearReplacement
+from qbench.structure.operations import LinearOperations, LinearUse
 from qbench.structure.weights import WeightRef
 
 Loss = Callable[[list[int]], Tensor]
@@ -54,12 +58,36 @@ def block_loss(
 
 def weights_loss(
     view: BlockView,
-    refs: Sequence[WeightRef],
-    values: Callable[[], Mapping[str, Tensor]],
+    refs: Iterable[WeightRef],
+    value: Callable[[str], Tensor],
     distance: Callable[[Tensor, Tensor], Tensor],
 ) -> Loss:
-    """`block_loss` of the block whose weights `refs` are `values()` [out, in], by weight name."""
-    return block_loss(view.data, lambda: replaced_parameters(view.block, refs, values()), distance)
+    """`block_loss` of the block whose weights `refs` are `value(name)`, float [out, in], with gradients to what they
+    are computed from: not before a weight is used, once per use, and once more going backwards, so that never more than
+    one of them exists. As the block stores them, in its dtype."""
+    names = {(ref.parameter, ref.index): ref.name for ref in refs}
+    own = {path: parameter.detach() for path, parameter in view.block.named_parameters()}
+
+    def compute(use: LinearUse) -> Tensor:
+        name = names.get((use.parameter, use.index))
+        stored = own[use.parameter] if use.index is None else own[use.parameter][use.index]
+        bias = None if use.bias is None else own[use.bias]
+
+        def product(x: Tensor) -> Tensor:
+            if name is not None:
+                return F.linear(x, value(name).to(stored.dtype), bias)
+            return F.linear(x, stored.mT if use.transposed else stored, bias)
+
+        # Keeps x, and stops computing again where the product would be.
+        return checkpoint(product, use.x, use_reentrant=False, preserve_rng_state=False)
+
+    def loss(sequences: list[int]) -> Tensor:
+        hidden, target = gather(view.data.inputs, sequences), gather(view.data.targets, sequences)
+        with LinearReplacement(LinearOperations(view.block), compute):
+            output = view.data.student({}, hidden)
+        return distance(output.float(), target.float())
+
+    return loss
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import qbench.stages
 from qbench.calibration.statistics import Hessian
-from qbench.errors import SpecError
+from qbench.errors import SpecError, written
 from qbench.formats import TensorFormat
 from qbench.formats.scheme import Scheme
 from qbench.spec import StageSpec
-from qbench.stages.base import Kind, Need, Stage, StreamName
+from qbench.stages.base import Kind, Need, Stage, StreamName, WeightShape, require
 
 #: How an option's type is named to a user.
 EXPECTED = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
@@ -81,8 +81,15 @@ class Pipeline:
         return frozenset(need.statistic for need in every if need.stream == stream)
 
     @property
+    def samples(self) -> frozenset[int]:
+        """Tokens of every sample of the full-precision stream that a stage searches on; 0 where none does: one
+        sequence, to prove transforms on."""
+        return frozenset(stage.scope_tokens for stage in self.stages if stage.scope_tokens > 0) or frozenset({0})
+
+    @property
     def scope_tokens(self) -> int:
-        return max((stage.scope_tokens for stage in self.stages), default=0)
+        """Tokens of the largest of the `samples`."""
+        return max(self.samples)
 
     @property
     def needs_data(self) -> bool:
@@ -130,6 +137,12 @@ class Pipeline:
                 if scheme is not None:
                     stage.check_scheme(scheme)
 
+    def check_shapes(self, shapes: Sequence[WeightShape]) -> None:
+        """Raises SpecError for quantized weights of the blocks that a stage cannot serve."""
+        for stage, part in zip_longest(self.stages, self.parts):
+            with _named(part):
+                stage.check_shapes(shapes)
+
     def specs(self) -> tuple[StageSpec, ...]:
         return tuple(
             StageSpec(
@@ -147,14 +160,15 @@ def build_pipeline(nodes: Sequence[Mapping[str, object]]) -> Pipeline:
     Raises SpecError for unknown stages and options and for values of the wrong type.
     """
     types = stage_types()
-    stages, parts = [], []
+    stages, parts, own = [], [], []
     for node in nodes:
         options = dict(node)
         name = options.pop("stage", None)
         if name not in types:
             raise SpecError("algo.pipeline.stage", name, f"one of {', '.join(sorted(types))}")
-        options.pop("companion", None)  # what composing pipelines looks at
         part = options.pop("part", None)
+        if not options.pop("companion", False):
+            own.append((part, name))
         enabled = options.pop("enabled", True)
         if not isinstance(enabled, bool):
             raise SpecError(f"algo ({name})", enabled, "true or false")
@@ -168,7 +182,29 @@ def build_pipeline(nodes: Sequence[Mapping[str, object]]) -> Pipeline:
         if enabled:
             stages.append(stage)
             parts.append(part)
-    return Pipeline(tuple(stages), tuple(parts))
+    try:
+        return Pipeline(tuple(stages), tuple(parts))
+    except SpecError as error:
+        ordered = _in_order(stages, own)
+        if ordered is None:
+            raise
+        remedy = f"{error.accepted}; write the single stages: algo={'+'.join(ordered)}"
+        raise SpecError(error.option, error.value, remedy) from error
+
+
+def _in_order(stages: Sequence[Stage], own: Sequence[tuple[str | None, str]]) -> list[str] | None:
+    """Names that compose to the same stages in legal order; None where that is impossible or not what is wrong. Parts
+    that bring several stages cannot be interleaved. own: (part, stage) of every entry that is not a companion."""
+    ordered = sorted(stages, key=lambda stage: stage.kind)
+    names = [stage.name for stage in ordered]
+    whole = {part for part, stage in own if stage != part}  # brings other stages than the one of its name
+    if ordered == list(stages) or whole & {None, *names}:
+        return None
+    try:
+        Pipeline(tuple(ordered))
+    except SpecError:  # the order is not all that is wrong with it
+        return None
+    return names
 
 
 @contextmanager
@@ -181,11 +217,6 @@ def _named(part: str | None) -> Iterator[None]:
             raise
         accepted = re.sub(r"\balgo\.(?=\w)", f"algo.{part}.", error.accepted)
         raise SpecError(f"algo.{part}.{error.option.removeprefix('algo.')}", error.value, accepted) from error
-
-
-def _written(choice: object) -> str:
-    """A value as it is written on the command line."""
-    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, object]:
@@ -204,7 +235,7 @@ def _typed(stage: type[Stage], options: Mapping[str, object]) -> dict[str, objec
             (wanted,) = (kind for kind in alternatives if kind is not NoneType)
         if get_origin(wanted) is Literal:
             if value not in get_args(wanted):
-                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(_written, get_args(wanted)))}")
+                raise SpecError(f"algo.{name}", value, f"one of {', '.join(map(written, get_args(wanted)))}")
         elif wanted is float and type(value) in (int, float):
             value = float(value)
         elif wanted is str and type(value) in (int, float):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import Hessian
-from qbench.errors import NumericsError
 from qbench.formats import TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 
@@ -90,9 +89,7 @@ class Magr(Stage):
         changed: dict[str, Tensor] = {}
         metrics = []
         for group in view.groups:
-            hessian = view.statistics[group.index][Hessian].value()
-            if not torch.isfinite(hessian).all():
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
+            hessian = view.statistic(group, Hessian).value()
             for ref in group.weights:
                 weight, fmt = view.weight(ref).float(), view.format(ref)
                 alpha = self.alpha_group if _grouped(fmt) else self.alpha

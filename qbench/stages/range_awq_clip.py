@@ -145,7 +145,7 @@ class AwqClip(Stage):
         ranges: dict[str, Range] = {}
         metrics = []
         for group in view.groups:
-            hessian = view.statistics[group.index][Hessian].value()
+            hessian = view.statistic(group, Hessian).value()
             for ref in group.weights:
                 fmt, weight = view.format(ref), view.weight(ref).float()
                 full = extrema(weight, fmt)

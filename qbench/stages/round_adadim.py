@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import Hessian
-from qbench.errors import NumericsError, SpecError
+from qbench.errors import SpecError, numerics_at
 from qbench.formats import Block, QTensor, Range, TensorFormat, fit, quantize
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, WeightShape, require
 from qbench.stages.gptq_core import gptq
@@ -112,18 +111,14 @@ class AdaDim(Stage):
         codes: dict[str, QTensor] = {}
         metrics = []
         for group in view.groups:
-            statistic = view.statistics[group.index][Hessian]
+            statistic = view.statistic(group, Hessian)
             hessian = statistic.value()
-            if not torch.isfinite(hessian).all():
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
             for ref in group.weights:
                 fmt = view.format(ref)
                 require_fit(fmt, ref.out_features, f"{view.where}, {ref.name}")
                 options = {"solver": self.solver, "damp": self.damp, "clip": view.ranges.get(ref.name)}
-                try:
+                with numerics_at(f"{view.where}, {ref.name} ({statistic.tokens} tokens)"):
                     found = adadim(view.weight(ref).float(), hessian, fmt, **options)
-                except NumericsError as error:
-                    raise NumericsError(f"{view.where}, {ref.name} ({statistic.tokens} tokens): {error}") from error
                 codes[ref.name] = found.weight
                 metrics += [(ref.name, "damp", self.damp)] if self.solver == "gptq" else []
                 metrics.append((ref.name, "adadim_per_input", float(found.per_input < found.per_output)))

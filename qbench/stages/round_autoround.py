@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -115,22 +114,22 @@ class AutoRound(Stage):
 
     def apply(self, view: BlockView) -> Outcome:
         refs = [ref for group in view.groups for ref in group.weights]
-        weights = {ref.name: view.weight(ref).float() for ref in refs}
+        weights = {ref.name: view.weight(ref) for ref in refs}
         learned = {
             name: Rounding.start(
-                weight, view.formats[name], view.ranges.get(name), learn_range=self.enable_minmax_tuning
+                weight.float(), view.formats[name], view.ranges.get(name), learn_range=self.enable_minmax_tuning
             )
             for name, weight in weights.items()
         }
 
-        def values() -> Mapping[str, Tensor]:
-            return {name: learned[name].fake_quantize(weights[name], view.formats[name]) for name in learned}
+        def value(name: str) -> Tensor:
+            return learned[name].fake_quantize(weights[name].float(), view.formats[name])
 
         def confine() -> None:
             for rounding in learned.values():
                 rounding.confine()
 
-        loss = weights_loss(view, refs, values, squared_error)
+        loss = weights_loss(view, refs, value, squared_error)
         before = mean_loss(loss, view.data, self.batch_size, view.where)
         lr, minmax_lr = self.rates
         offsets = Learned([rounding.offset for rounding in learned.values()], lr, kept=torch.float16)
@@ -157,6 +156,6 @@ class AutoRound(Stage):
                 rounding.reset()
         metrics = {"loss_vs_rtn": gain(after, before), "best_step": float(report.best_step), "loss": after}
         return Outcome(
-            codes={name: learned[name].quantize(weights[name], view.formats[name]) for name in learned},
+            codes={name: learned[name].quantize(weights[name].float(), view.formats[name]) for name in learned},
             metrics=tuple(("", f"{self.name}_{metric}", value) for metric, value in metrics.items()),
         )

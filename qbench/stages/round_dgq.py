@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import Hessian
-from qbench.errors import NumericsError
 from qbench.formats import SCALES, Int, QTensor, Range, RangeFit, TensorFormat, fit, quantize
 from qbench.formats.ranges import extrema
 from qbench.formats.scale import FLOAT16
@@ -179,9 +178,7 @@ class Dgq(Stage):
     def apply(self, view: BlockView) -> Outcome:
         codes: dict[str, QTensor] = {}
         for group in view.groups:
-            hessian = view.statistics[group.index][Hessian].value()
-            if not torch.isfinite(hessian).all():
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
+            hessian = view.statistic(group, Hessian).value()
             for ref in group.weights:
                 codes[ref.name] = dgq(
                     view.weight(ref).float(),

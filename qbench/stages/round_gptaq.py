@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,9 +11,15 @@ from torch import Tensor
 from qbench.calibration.statistics import CrossMoment, Hessian
 from qbench.errors import StructureError
 from qbench.formats import Range, TensorFormat
-from qbench.stages.base import BlockView, Need, Outcome, require
+from qbench.stages.base import BlockView, Need, Outcome, WeightShape, require
 from qbench.stages.gptq_core import GptqResult, toward_full
 from qbench.stages.round_gptq import Gptq
+
+#: Why quantized experts are refused.
+EXPERTS = (
+    "gptaq compares both streams token by token, which may bring an expert different ones; "
+    "algo=gptq, or overrides that leave experts in full precision"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +49,15 @@ class Gptaq(Gptq):
             "running with alpha=0, which is GPTQ and makes up for nothing",
         )
 
+    def check_shapes(self, shapes: Sequence[WeightShape]) -> None:
+        for shape in shapes:
+            require(not shape.experts, "algo", self.name, f"{shape.name}: {EXPERTS}")
+
     def apply(self, view: BlockView) -> Outcome:
         """Raises StructureError for experts: the streams may bring one as many tokens, and yet different ones."""
         experts = [ref.name for group in view.structure.groups for ref in group.weights if ref.index is not None]
         if experts:
-            raise StructureError(
-                f"{view.where}, {experts[0]}: gptaq compares both streams token by token, which may bring an expert "
-                "different ones; algo=gptq, or overrides that leave experts in full precision"
-            )
+            raise StructureError(f"{view.where}, {experts[0]}: {EXPERTS}")
         return super().apply(view)
 
     def _solve(

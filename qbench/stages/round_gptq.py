@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.calibration.statistics import Hessian, Statistic
-from qbench.errors import NumericsError
+from qbench.calibration.statistics import Hessian
+from qbench.errors import numerics_at
 from qbench.formats import QTensor, Range, TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 from qbench.stages.gptq_core import GptqResult, ScaleSource, gptq
@@ -72,23 +72,15 @@ class Gptq(Stage):
         codes: dict[str, QTensor] = {}
         metrics = []
         for group in view.groups:
-            statistics = view.statistics[group.index]
-            tokens, values = statistics[Hessian].tokens, {kind: statistics[kind].value() for kind in self._statistics}
-            if not all(torch.isfinite(value).all() for value in values.values()):
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
+            statistics = {need.statistic: view.statistic(group, need.statistic) for need in self.needs}
+            values = {kind: statistic.value() for kind, statistic in statistics.items()}
             for refs, fmt in _stacks(group, view):
                 weight = torch.cat([view.weight(ref).float() for ref in refs])
-                try:
+                with numerics_at(f"{view.where}, {refs[0].name} ({statistics[Hessian].tokens} tokens)"):
                     result = self._solve(weight, values, fmt, _joined([view.ranges.get(ref.name) for ref in refs]))
-                except NumericsError as error:
-                    raise NumericsError(f"{view.where}, {refs[0].name} ({tokens} tokens): {error}") from error
                 codes.update(zip((ref.name for ref in refs), _split(result.weight, refs), strict=True))
             metrics += [(ref.name, "damp", self.damp) for ref in group.weights]
         return Outcome(codes=codes, metrics=tuple(metrics))
-
-    @property
-    def _statistics(self) -> list[type[Statistic]]:
-        return [need.statistic for need in self.needs]
 
     def _solve(
         self, weight: Tensor, values: Mapping[type, Tensor], fmt: TensorFormat, clip: Range | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import Hessian
-from qbench.errors import NumericsError, SpecError
+from qbench.errors import SpecError, numerics_at, written
 from qbench.formats import QTensor, Range, TensorFormat, fit
 from qbench.formats.basis import Basis
 from qbench.formats.scale import PowerOfTwo
@@ -110,9 +110,8 @@ class Quip(Stage):
         require(0 <= self.greedy_passes <= 100, "algo.greedy_passes", self.greedy_passes, "0 to 100 (LDLQ-RG: 10)")
         if not self.incoherence:
             for option, value, default in (("rescale", self.rescale, True), ("rho", self.rho, RHO)):
-                require(
-                    value == default, f"algo.{option}", value, f"{default} with incoherence=false, which ignores it"
-                )
+                accepted = f"{written(default)} with incoherence=false, which ignores it"
+                require(value == default, f"algo.{option}", value, accepted)
             return
         for fmt in formats:
             require(
@@ -132,16 +131,12 @@ class Quip(Stage):
         codes: dict[str, QTensor] = {}
         metrics = []
         for group in view.groups:
-            statistic = view.statistics[group.index][Hessian]
+            statistic = view.statistic(group, Hessian)
             hessian = statistic.value()
-            if not torch.isfinite(hessian).all():
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
             for ref in group.weights:
                 weight, fmt, clip = view.weight(ref).float(), view.format(ref), view.ranges.get(ref.name)
-                try:
+                with numerics_at(f"{view.where}, {ref.name} ({statistic.tokens} tokens)"):
                     found = self._solve(weight, hessian, fmt, clip, weight_seed(view.generator, ref.name))
-                except NumericsError as error:
-                    raise NumericsError(f"{view.where}, {ref.name} ({statistic.tokens} tokens): {error}") from error
                 codes[ref.name] = found
                 metrics.append((ref.name, "damp", self.damp))
                 if found.basis is not None:

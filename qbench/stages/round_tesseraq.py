@@ -78,46 +78,48 @@ class TesseraQ(Stage):
 
     def apply(self, view: BlockView) -> Outcome:
         refs = [ref for group in view.groups for ref in group.weights]
-        weights = {ref.name: view.weight(ref).float() for ref in refs}
-        formats = view.formats
+        weights, formats = {ref.name: view.weight(ref) for ref in refs}, view.formats
         learned = {
             name: SoftRounding.start(weight, formats[name], view.ranges.get(name), learn_scale=self.optimize_scale)
             for name, weight in weights.items()
         }
+        params = {name: rounding.params for name, rounding in learned.items()}
 
-        def soft() -> Mapping[str, Tensor]:
-            return {name: rounding.fake_quantize(weights[name], formats[name]) for name, rounding in learned.items()}
+        def nearest(name: str) -> QTensor:
+            return quantize(weights[name].float(), formats[name], params[name])
 
         def loss_of(codes: Mapping[str, QTensor]) -> float:
-            loss = weights_loss(
-                view, refs, lambda: {name: code.dequantize() for name, code in codes.items()}, token_error
-            )
+            loss = weights_loss(view, refs, lambda name: codes[name].dequantize(), token_error)
             return mean_loss(loss, view.data, self.batch_size, view.where)
 
-        nearest = {name: quantize(weights[name], formats[name], rounding.params) for name, rounding in learned.items()}
-        before = loss_of(nearest)
+        def soft(name: str) -> Tensor:
+            return learned[name].fake_quantize(weights[name], formats[name])
+
+        before = loss_of({name: nearest(name) for name in weights})
         self._learn(view, learned, weights_loss(view, refs, soft, token_error))
         codes = {name: rounding.quantize(weights[name], formats[name]) for name, rounding in learned.items()}
         after = loss_of(codes)
         if not after < before:
-            codes, after = nearest, before
+            codes, after = {name: nearest(name) for name in weights}, before
         metrics = [("", "tesseraq_loss", after), ("", "tesseraq_loss_vs_rtn", gain(after, before))]
         for name, code in codes.items():
-            changed = (code.codes != nearest[name].codes).float().mean()
+            changed = (code.codes != nearest(name).codes).float().mean()
             metrics.append((name, "tesseraq_changed", changed.item()))
         return Outcome(codes=codes, metrics=tuple(metrics))
 
-    def _learn(self, view: BlockView, learned: Mapping[str, SoftRounding], loss: Loss) -> None:
-        """The rounds of algorithm 1: decide a share, let the others and the scales make up for it."""
+    def _learn(self, view: BlockView, learned: dict[str, SoftRounding], loss: Loss) -> None:
+        """The rounds of algorithm 1: decide a share, let the others and the scales make up for it. Leaves the result in
+        `learned`, which `loss` reads."""
         scale_lr = self.lr if self.scale_lr is None else self.scale_lr
-        roundings = Learned([rounding.up for rounding in learned.values()], self.lr)
-        scales = Learned([rounding.factor for rounding in learned.values()], scale_lr, SCALE_DECAY)
         rounds = len(self.soft_shares)
         for done, share in enumerate(self.soft_shares):
-            for rounding in learned.values():
-                rounding.harden(share)
+            for name in learned:
+                learned[name] = learned[name].harden(share)
             train(
-                [roundings, scales],
+                [
+                    Learned([rounding.up for rounding in learned.values()], self.lr),
+                    Learned([rounding.factor for rounding in learned.values()], scale_lr, SCALE_DECAY),
+                ],
                 loss,
                 count_sequences(view.data),
                 steps=self.iterations,

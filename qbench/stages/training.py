@@ -20,14 +20,18 @@ OptimizerName = Literal["adamw", "adam", "signsgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 KeepBest = Literal["none", "step", "epoch"]
 
+#: What is computed part by part, to bound temporaries, is so in this many parts, of no fewer elements than these: more
+#: would be slow.
+PARTS, PART_ELEMENTS = 16, 1 << 14
+
 #: A mean loss over one epoch's worth of steps that exceeds the first epoch's by this factor has diverged.
 DIVERGED = 10.0
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Leaf tensors that are learned together, at the same rate; they are changed in place. kept: dtype in which the
-    best of them are put aside, None for their own."""
+    """Leaf tensors [rows, ...] that are learned together, at the same rate; they are changed in place. kept: dtype in
+    which the best of them are put aside, None for their own."""
 
     tensors: Sequence[Tensor]
     lr: float
@@ -96,8 +100,8 @@ def train(
     best so far, or with "none" in NumericsError. NumericsError also for a loss or gradient that is not finite.
 
     Memory beyond the caller's: the optimizer's moments (none with "signsgd"), with keep_best a copy of the tensors, and
-    one gradient at a time (with clip_grad all of them): a tensor moves as soon as its gradient is known. What one
-    minibatch needs is freed before the next.
+    one gradient at a time (with clip_grad all of them): a tensor moves as soon as its gradient is known, part by part.
+    What one minibatch needs is freed before the next.
     """
     assert (epochs is None) != (steps is None), "either epochs or steps"
     assert generator is not None or (steps is None and not shuffle), "random minibatches need a generator"
@@ -156,6 +160,12 @@ def gather(chunks: Sequence[Tensor], sequences: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
+def parts(rows: int, elements: int) -> list[slice]:
+    """Slices that cover `rows` rows of `elements` elements each: sixteenths, or fewer where those would be tiny."""
+    size = max(1, -(-rows // PARTS), PART_ELEMENTS // max(elements, 1))
+    return [slice(k, k + size) for k in range(0, rows, size)]
+
+
 def check_training(*, lr: dict[str, float], batch_size: int, **counts: int) -> None:
     """SpecError for rates and counts (steps, epochs) that mean nothing; 0 is a rate, no epochs are epochs."""
     for option, value in lr.items():
@@ -184,7 +194,7 @@ class _Loop:
         self._tensors = [tensor for group in groups for tensor in group.tensors]
         self._rates = [group.lr for group in groups]
         kind = OPTIMIZERS[optimizer]
-        self._optimizers = [[kind([t], lr=g.lr, weight_decay=g.weight_decay) for t in g.tensors] for g in groups]
+        self._movers = [[_Mover(t, kind, g.lr, g.weight_decay) for t in g.tensors] for g in groups]
         self._clip_grad = clip_grad
         self._loss, self._where, self._total = loss, where, total
         self._every = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
@@ -192,9 +202,9 @@ class _Loop:
         self._autocast = autocast
 
     def set_rates(self, factor: float) -> None:
-        for optimizers, rate in zip(self._optimizers, self._rates, strict=True):
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = rate * factor
+        for movers, rate in zip(self._movers, self._rates, strict=True):
+            for mover in movers:
+                mover.set_rate(rate * factor)
 
     def step(self, batch: list[int], step: int, offer: Callable[[float, int], None] | None) -> float:
         """The minibatch's loss, which `offer` is told while the tensors are those it belongs to; then they move."""
@@ -208,12 +218,12 @@ class _Loop:
                 value.backward()
                 norm = torch.nn.utils.clip_grad_norm_(self._tensors, self._clip_grad)
                 self._require_finite(norm.item(), "gradient", step)
-                for tensor, optimizer in self._moving():
-                    self._move(tensor, optimizer, step)
+                for tensor, mover in self._moving():
+                    self._move(tensor, mover, step)
                 return found
             hooks = [
-                tensor.register_post_accumulate_grad_hook(lambda t, optimizer=optimizer: self._move(t, optimizer, step))
-                for tensor, optimizer in self._moving()
+                tensor.register_post_accumulate_grad_hook(lambda t, mover=mover: self._move(t, mover, step))
+                for tensor, mover in self._moving()
                 if tensor.requires_grad
             ]
             try:
@@ -223,14 +233,14 @@ class _Loop:
                     hook.remove()
         return found
 
-    def _moving(self) -> Iterator[tuple[Tensor, torch.optim.Optimizer]]:
-        return zip(self._tensors, (each for optimizers in self._optimizers for each in optimizers), strict=True)
+    def _moving(self) -> Iterator[tuple[Tensor, _Mover]]:
+        return zip(self._tensors, (mover for movers in self._movers for mover in movers), strict=True)
 
     @torch.no_grad()
-    def _move(self, tensor: Tensor, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _move(self, tensor: Tensor, mover: _Mover, step: int) -> None:
         if tensor.grad is not None:
             self._require_finite(torch.linalg.vector_norm(tensor.grad).item(), "gradient", step)
-            optimizer.step()
+            mover.move(tensor.grad)
             tensor.grad = None
 
     def evaluate(self, step: int) -> float:
@@ -252,6 +262,27 @@ class _Loop:
             raise NumericsError(
                 f"{self._where}: the {what} is {value} at step {step} of {self._total}; a lower learning rate is needed"
             )
+
+
+class _Mover:
+    """One tensor's optimizers, one for each part: their temporaries are a part's and not the tensor's."""
+
+    def __init__(
+        self, tensor: Tensor, kind: Callable[..., torch.optim.Optimizer], lr: float, weight_decay: float
+    ) -> None:
+        self._rows = parts(len(tensor), tensor[:1].numel())
+        self._parts = [tensor.detach()[rows] for rows in self._rows]
+        self._optimizers = [kind([part], lr=lr, weight_decay=weight_decay) for part in self._parts]
+
+    def set_rate(self, rate: float) -> None:
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+
+    def move(self, gradient: Tensor) -> None:
+        for rows, part, optimizer in zip(self._rows, self._parts, self._optimizers, strict=True):
+            part.grad = gradient[rows]
+            optimizer.step()
+            part.grad = None
 
 
 class _Best:

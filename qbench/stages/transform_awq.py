@@ -127,7 +127,7 @@ class AwqScale(Stage):
             _tie(awq_scale(salience, step / self.n_grid, partner), fold.channels) for step in range(self.n_grid)
         ]
         exact = not self.weight_act and is_linear(groups, scope_calls(view, groups))
-        hessian = view.statistics[groups[0].index][Hessian].value() if exact else None
+        hessian = view.statistic(groups[0], Hessian).value() if exact else None
         error = None if exact else OutputError(view, groups)
         losses = []
         for free in candidates:
@@ -150,7 +150,7 @@ def _relative(weight: Tensor, fmt: TensorFormat) -> Tensor:
 
 def _salience(view: BlockView, groups: list[LinearGroup]) -> Tensor:
     """E|x_j| over the tokens of all groups: experts see disjoint shares of the same normalized stream."""
-    statistics = [view.statistics[group.index][AbsMean] for group in groups]
+    statistics = [view.statistic(group, AbsMean) for group in groups]
     return sum(s.total for s in statistics) / max(sum(s.tokens for s in statistics), 1)
 
 

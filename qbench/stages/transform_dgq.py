@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import AbsMax
-from qbench.errors import NumericsError
 from qbench.formats import TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 from qbench.stages.scope_loss import fold_groups
@@ -51,9 +50,7 @@ class PercentileSmooth(Stage):
             groups = fold_groups(view, fold)
             if fold.kind != "linear" or not groups or in_attention(view.structure, fold):
                 continue
-            inputs = torch.stack([view.statistics[group.index][AbsMax].value() for group in groups]).amax(dim=0)
-            if not torch.isfinite(inputs).all():
-                raise NumericsError(f"{view.where}, {fold.consumers[0].name}: input of the layer is not finite")
+            inputs = torch.stack([view.statistic(group, AbsMax).value() for group in groups]).amax(dim=0)
             channels = fold.channels.to(inputs.device)
             largest = inputs.new_zeros(fold.n_free).scatter_reduce_(0, channels, inputs, "amax")
             free = percentile_scale(largest, self.percentile)

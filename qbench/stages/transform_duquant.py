@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import LoudestTokens
-from qbench.errors import NumericsError
 from qbench.formats import TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, WeightShape, require
 from qbench.structure.online import Chain, MatrixTransform
@@ -136,12 +135,10 @@ class DuQuant(Stage):
         online, metrics = {}, []
         for group in view.groups:
             require_fit(self.block_size, [(f"{view.where}, {group.weights[0].name}", group.in_features)])
-            statistic = view.statistics[group.index][LoudestTokens]
+            statistic = view.statistic(group, LoudestTokens)
             if not statistic.tokens:
                 continue
             sample = loudest(statistic.value(), self.sample_tokens)
-            if not torch.isfinite(sample).all():
-                raise NumericsError(f"{view.where}, {group.weights[0].name}: input of the layer is not finite")
             transform, peak = duquant_transform(
                 sample, self.block_size, self.max_rotation_step, self.permutation_times, view.generator
             )

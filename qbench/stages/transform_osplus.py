@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.extremes import Extremes
-from qbench.errors import NumericsError, StructureError
+from qbench.errors import StructureError
 from qbench.formats import TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 from qbench.stages.scope_loss import OutputError, best, fold_groups, rounded
@@ -106,11 +106,9 @@ class OsPlus(Stage):
         """Free shift (None: there is none) and scale [n_free] of one fold, and the metrics of the search."""
         groups = fold_groups(view, fold)
         refs = [ref for group in groups for ref in group.weights]
-        seen = [view.statistics[group.index][Extremes] for group in groups]
+        seen = [view.statistic(group, Extremes) for group in groups]
         seen = [statistic for statistic in seen if statistic.tokens] or seen[:1]
         ends = _tied(torch.stack([statistic.value() for statistic in seen]), fold)
-        if not torch.isfinite(ends).all():
-            raise NumericsError(f"{view.where}, {refs[0].name}: input of the layer is not finite")
         shift = channel_shift(ends) if self.shift and fold.bias is not None else None
         if shift is not None:
             ends = ends - shift

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qbench.calibration.statistics import AbsMax
-from qbench.errors import NumericsError, StructureError
+from qbench.errors import StructureError, written
 from qbench.formats import TensorFormat
 from qbench.stages.base import BlockView, Kind, Need, Outcome, Stage, require
 from qbench.stages.scope_loss import OutputError, best, fold_groups, rounded
@@ -64,7 +64,7 @@ class SmoothQuant(Stage):
         defaults = self.options()
         for option in ("alpha",) if self.search else ("n_grid", "search_tokens"):
             value = getattr(self, option)
-            without = f"algo.search={str(not self.search).lower()}: only then it has an effect"
+            without = f"algo.search={written(not self.search)}: only then it has an effect"
             require(value == defaults[option], f"algo.{option}", value, without)
 
     def apply(self, view: BlockView) -> Outcome:
@@ -90,9 +90,7 @@ class SmoothQuant(Stage):
     def _scale(self, view: BlockView, fold: Fold) -> tuple[Tensor, list[tuple[str, float]]]:
         """Free scales [n_free] of one fold, and the metrics of its search."""
         groups = fold_groups(view, fold)
-        inputs = torch.stack([view.statistics[group.index][AbsMax].value() for group in groups]).amax(dim=0)
-        if not torch.isfinite(inputs).all():
-            raise NumericsError(f"{view.where}, {fold.consumers[0].name}: input of the layer is not finite")
+        inputs = torch.stack([view.statistic(group, AbsMax).value() for group in groups]).amax(dim=0)
         weights = torch.stack([view.weight(ref).float().abs().amax(dim=0) for ref in fold.consumers]).amax(dim=0)
         inputs, weights = _largest(inputs, fold), _largest(weights, fold)
         if not self.search:

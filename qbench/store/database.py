@@ -26,13 +26,16 @@ from qbench.store.records import (
     Artifact,
     Claim,
     Environment,
+    Failure,
     LayerMetric,
     Measurement,
+    Noise,
     Outcome,
     RunColumns,
     RunRow,
     field_names,
     pack,
+    pack_clusters,
 )
 
 _KEYS_PER_QUERY = 500  # databases limit the number of parameters of one statement
@@ -120,8 +123,10 @@ class Database:
         measurements: Sequence[Measurement],
         layer_metrics: Iterable[LayerMetric] = (),
         artifacts: Iterable[Artifact] = (),
+        failures: Iterable[Failure] = (),
     ) -> None:
-        """Store all that came of a claimed run and set it done, in one transaction.
+        """Store all that came of a claimed run and set it done, in one transaction; `failures` are measurements that
+        it lacks.
 
         Raises AssetError if the claim was taken over meanwhile (nothing is stored), EvaluationError if two of
         the measurements have the same spec key and name.
@@ -134,8 +139,15 @@ class Database:
             _insert_measurements(connection, claim.run_id, measurements)
             _insert_all(connection, schema.layer_metric, claim.run_id, layer_metrics, LayerMetric)
             _insert_all(connection, schema.artifact, claim.run_id, artifacts, Artifact)
+            _insert_failures(connection, claim.run_id, failures)
 
-    def append(self, run_id: int, measurements: Sequence[Measurement], artifacts: Iterable[Artifact] = ()) -> int:
+    def append(
+        self,
+        run_id: int,
+        measurements: Sequence[Measurement],
+        artifacts: Iterable[Artifact] = (),
+        failures: Iterable[Failure] = (),
+    ) -> int:
         """Add measurements (and artifacts) to a run that is done; how many measurements were added.
 
         What the run already has (same spec key and name) stays as it is: two processes that measure the same
@@ -153,7 +165,16 @@ class Database:
             missing = [each for each in measurements if (each.spec_key, each.name) not in present]
             _insert_measurements(connection, run_id, missing)
             _insert_all(connection, schema.artifact, run_id, artifacts, Artifact)
+            _insert_failures(connection, run_id, failures)
             return len(missing)
+
+    def add_noise(self, components: Iterable[Noise], environment: Environment) -> None:
+        """Store components of noise that were found in this environment; earlier ones of the same kind stay."""
+        with self.write() as connection:
+            common = {"environment_id": _environment_id(connection, environment), "created": _now()}
+            values = [_values(each, Noise) | common for each in components]
+            if values:
+                connection.execute(insert(schema.noise), values)
 
     def fail(self, claim: Claim, error_type: str, message: str, trace: str, outcome: Outcome | None = None) -> bool:
         """Set a claimed run failed, with its error and as much of the outcome as there is.
@@ -267,10 +288,11 @@ def _insert_measurements(connection: Connection, run_id: int, measurements: Iter
     created = _now()
     for each in measurements:
         values = _values(each, Measurement) | {"run_id": run_id, "created": created}
-        samples = values.pop("samples")
+        samples, clusters = values.pop("samples"), values.pop("clusters")
         metric_id = connection.execute(insert(schema.metric).values(values)).inserted_primary_key[0]
         if samples is not None:
             stored = {"metric_id": metric_id, "n": each.n, "values": pack(samples)}
+            stored["clusters"] = None if clusters is None else pack_clusters(clusters)
             connection.execute(insert(schema.sample).values(stored))
 
 
@@ -278,6 +300,12 @@ def _insert_all(connection: Connection, table: schema.Table, run_id: int, rows: 
     values = [_values(row, kind) | {"run_id": run_id} for row in rows]
     if values:
         connection.execute(insert(table), values)
+
+
+def _insert_failures(connection: Connection, run_id: int, failures: Iterable[Failure]) -> None:
+    values = [_values(each, Failure) | {"run_id": run_id, "created": _now()} for each in failures]
+    if values:
+        connection.execute(insert(schema.failure), values)
 
 
 def _values(record: object, kind: type) -> dict[str, Any]:

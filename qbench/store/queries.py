@@ -9,7 +9,19 @@ from sqlalchemy import Boolean, Integer, RowMapping, Table, select, text
 from qbench.errors import AssetError, SpecError
 from qbench.store import schema
 from qbench.store.database import Database
-from qbench.store.records import Artifact, Environment, LayerMetric, MetricRow, RunRow, field_names, unpack
+from qbench.store.records import (
+    Artifact,
+    Environment,
+    Failure,
+    LayerMetric,
+    MetricRow,
+    Noise,
+    RunRow,
+    Samples,
+    field_names,
+    unpack,
+    unpack_clusters,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,12 +84,20 @@ def samples(database: Database, metric_id: int) -> np.ndarray:
 
 def samples_of(database: Database, metric_ids: Iterable[int]) -> dict[int, np.ndarray]:
     """As `samples` for several metrics at once; metrics without stored samples are left out."""
+    return {metric_id: found.values for metric_id, found in clustered_samples_of(database, metric_ids).items()}
+
+
+def clustered_samples_of(database: Database, metric_ids: Iterable[int]) -> dict[int, Samples]:
+    """The per-item values of several metrics with the items' clusters; metrics without stored samples are left
+    out."""
     wanted, found = sorted(set(metric_ids)), {}
     with database.read() as connection:
         for some in _portions(wanted):
             query = select(schema.sample).where(schema.sample.c.metric_id.in_(some))
             for row in connection.execute(query).mappings():
-                found[row["metric_id"]] = unpack(row["values"], row["n"])
+                blob, n = row["clusters"], row["n"]
+                clusters = None if blob is None else unpack_clusters(blob, n)
+                found[row["metric_id"]] = Samples(values=unpack(row["values"], n), clusters=clusters)
     return found
 
 
@@ -89,6 +109,32 @@ def layer_metrics(database: Database, run_id: int) -> list[LayerMetric]:
 def artifacts(database: Database, run_id: int) -> list[Artifact]:
     """The files that a run left behind."""
     return [_record(Artifact, row) for row in _of_runs(database, schema.artifact, [run_id])]
+
+
+def failures(database: Database, run_ids: Iterable[int]) -> dict[int, list[Failure]]:
+    """By run, the measurements that failed and have not succeeded since, the newest attempt at each."""
+    wanted = sorted(set(run_ids))
+    measured = {(row["run_id"], row["spec_key"]) for row in _of_runs(database, schema.metric, wanted)}
+    newest = {(row["run_id"], row["spec_key"]): row for row in _of_runs(database, schema.failure, wanted)}
+    found: dict[int, list[Failure]] = {}
+    for (run_id, spec_key), row in newest.items():
+        if (run_id, spec_key) not in measured:
+            found.setdefault(run_id, []).append(_record(Failure, row))
+    return found
+
+
+def noise(database: Database, families: Iterable[str]) -> dict[tuple[str, str, str], list[Noise]]:
+    """The newest component of each kind, by (family, spec key, metric name)."""
+    newest: dict[tuple[str, str, str, str], Noise] = {}
+    with database.read() as connection:
+        for some in _portions(sorted(set(families))):
+            query = select(schema.noise).where(schema.noise.c.family.in_(some)).order_by(schema.noise.c.id)
+            for row in connection.execute(query).mappings():
+                newest[row["family"], row["spec_key"], row["name"], row["component"]] = _record(Noise, row)
+    found: dict[tuple[str, str, str], list[Noise]] = {}
+    for (family, spec_key, name, _), component in newest.items():
+        found.setdefault((family, spec_key, name), []).append(component)
+    return found
 
 
 def environment(database: Database, environment_id: int) -> Environment:
@@ -132,7 +178,7 @@ def _of_runs(database: Database, table: Table, run_ids: Iterable[int]) -> Sequen
     return found
 
 
-def _portions(values: Sequence[int]) -> Iterator[Sequence[int]]:
+def _portions(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """`values` in pieces that fit into one statement: databases limit the number of its parameters."""
     for start in range(0, len(values), 500):
         yield values[start : start + 500]

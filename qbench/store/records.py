@@ -5,7 +5,7 @@ is seconds since the epoch. Fields that end in `_s` are seconds, in `_bytes` byt
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -33,10 +33,12 @@ class Measurement:
     the corpus); `stderr` is the standard error of `value` in the same unit, or None where it cannot be known
     (n = 1); `n` counts the items; `spec_key` is the sha256 of the evaluator's canonical spec. `samples`,
     float64 [n] or None, are the per-item values (per-window mean NLL in nats per token), which make paired
-    comparison possible.
+    comparison possible. `clusters`, int64 [n] or None, says which items belong together (the document of a
+    window): equal numbers, one cluster. `higher_is_better` is the direction as the evaluator knows it; None leaves
+    it to `qbench.metrics`.
 
-    Raises EvaluationError for a value, stderr or sample that is not finite, a negative stderr, n < 1 or
-    samples that are not n numbers.
+    Raises EvaluationError for a value, stderr or sample that is not finite, a negative stderr, n < 1, samples or
+    clusters that are not n numbers, clusters that are not integers or come without samples.
     """
 
     evaluator: str
@@ -49,6 +51,8 @@ class Measurement:
     unit: str
     spec_key: str
     samples: np.ndarray | None = field(default=None, repr=False, compare=False)
+    clusters: np.ndarray | None = field(default=None, repr=False, compare=False)
+    higher_is_better: bool | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.evaluator} {self.name} on {self.task} ({self.protocol})"
@@ -65,6 +69,12 @@ class Measurement:
             bad = np.flatnonzero(~np.isfinite(self.samples))
             if bad.size:
                 raise EvaluationError(f"{where}: sample {bad[0]} is {self.samples[bad[0]]}, not a finite number")
+        if self.clusters is not None:
+            if self.samples is None:
+                raise EvaluationError(f"{where}: clusters without samples say nothing; give both or neither")
+            if self.clusters.shape != (self.n,) or self.clusters.dtype.kind not in "iu":
+                found = f"{self.clusters.dtype} {self.clusters.shape}"
+                raise EvaluationError(f"{where}: clusters are {found}, expected integers ({self.n},)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,44 @@ class LayerMetric:
 
     def __post_init__(self) -> None:
         _require_finite(f"{self.name} of block {self.block} {self.module}", self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A measurement that was wanted of a run and did not succeed: whose it was, and what happened."""
+
+    evaluator: str
+    protocol: str
+    task: str
+    spec_key: str
+    error_type: str
+    message: str
+    trace: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """One component of a metric's noise: how far runs that mean the same differ.
+
+    `family` names runs that differ in their seeds alone (`spec.family`), `spec_key` and `name` the metric, `component`
+    what was varied ("calib_seed", "seed", "batch", "threads"). `values` [n] were found under `settings` [n]; `sd` is
+    their standard deviation (n - 1 degrees of freedom), in the metric's `unit`.
+    """
+
+    family: str
+    spec_key: str
+    name: str
+    component: str
+    sd: float
+    n: int
+    unit: str
+    settings: Sequence[int]
+    values: Sequence[float]
+
+    def __post_init__(self) -> None:
+        _require_finite(f"noise of {self.name} by {self.component}", self.sd)
+        if self.n < 2 or not self.n == len(self.settings) == len(self.values):
+            raise EvaluationError(f"noise of {self.name} by {self.component}: n={self.n}, 2 or more values are needed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +170,7 @@ class RunColumns:
     device: str | None = None
     dtype: str | None = None
     source: str | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +232,15 @@ class MetricRow:
     unit: str
     spec_key: str
     created: str
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The per-item values of a metric, float64 [n] in item order, and the cluster of each, int64 [n], where known."""
+
+    values: np.ndarray
+    clusters: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +275,30 @@ def field_names(record: type) -> tuple[str, ...]:
 def pack(values: np.ndarray) -> bytes:
     """`values` [n] as little-endian float64, zlib-compressed: exact, portable, and small for repeated
     values."""
-    return zlib.compress(np.ascontiguousarray(values, dtype="<f8").tobytes())
+    return _packed(values, "<f8")
 
 
 def unpack(blob: bytes, n: int) -> np.ndarray:
     """The float64 array [n] that `pack` made `blob` from; EvaluationError if it does not hold n numbers."""
-    values = np.frombuffer(zlib.decompress(blob), dtype="<f8").astype(np.float64)
+    return _unpacked(blob, n, "<f8", "samples").astype(np.float64)
+
+
+def pack_clusters(clusters: np.ndarray) -> bytes:
+    """`clusters` [n] as little-endian int64, zlib-compressed."""
+    return _packed(clusters, "<i8")
+
+
+def unpack_clusters(blob: bytes, n: int) -> np.ndarray:
+    """The int64 array [n] that `pack_clusters` made `blob` from; EvaluationError if it does not hold n numbers."""
+    return _unpacked(blob, n, "<i8", "clusters").astype(np.int64)
+
+
+def _packed(values: np.ndarray, dtype: str) -> bytes:
+    return zlib.compress(np.ascontiguousarray(values, dtype=dtype).tobytes())
+
+
+def _unpacked(blob: bytes, n: int, dtype: str, what: str) -> np.ndarray:
+    values = np.frombuffer(zlib.decompress(blob), dtype=dtype)
     if len(values) != n:
-        raise EvaluationError(f"stored samples hold {len(values)} numbers where n={n}")
+        raise EvaluationError(f"stored {what} hold {len(values)} numbers where n={n}")
     return values

@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0002"  # of the newest migration
+REVISION = "0004"  # of the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -99,6 +99,7 @@ run = Table(
     Column("error_trace", Text),
     Column("spec", JSON, nullable=False),
     Column("superseded_by", ForeignKey("run.id")),
+    Column("family", String(64)),  # of runs that differ in their seeds alone
     CheckConstraint("status IN ('running', 'done', 'failed')", name="status"),
 )
 # The claim: at most one row per key that counts.
@@ -125,6 +126,7 @@ metric = Table(
     Column("unit", Text, nullable=False),
     Column("spec_key", String(64), nullable=False),
     Column("created", String(32), nullable=False),
+    Column("higher_is_better", Boolean),  # NULL: neither, or not known
     # value = value refuses a NaN where comparison follows IEEE 754; PostgreSQL sorts NaN above all numbers
     # instead.
     CheckConstraint("value = value AND value BETWEEN -1e308 AND 1e308", name="value_finite"),
@@ -137,6 +139,7 @@ sample = Table(
     Column("metric_id", ForeignKey("metric.id", ondelete="CASCADE"), primary_key=True),
     Column("n", Integer, nullable=False),
     Column("values", LargeBinary, nullable=False),  # float64, little-endian, zlib
+    Column("clusters", LargeBinary),  # int64, little-endian, zlib
 )
 
 layer_metric = Table(
@@ -159,4 +162,38 @@ artifact = Table(
     Column("path", Text, nullable=False),
     Column("sha256", String(64)),
     Column("bytes", BigInteger, nullable=False),
+)
+
+# A measurement that was wanted of a finished run and did not succeed. It counts until there is one that did.
+failure = Table(
+    "failure",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run_id", ForeignKey("run.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("evaluator", Text, nullable=False),
+    Column("protocol", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("spec_key", String(64), nullable=False),
+    Column("error_type", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("trace", Text, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+
+# How far a metric differs between runs that differ in nothing but chance: one row per component of the variance.
+noise = Table(
+    "noise",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("family", String(64), nullable=False, index=True),  # of runs that differ in their seeds alone
+    Column("spec_key", String(64), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("component", Text, nullable=False),
+    Column("sd", Double, nullable=False),
+    Column("n", Integer, nullable=False),
+    Column("unit", Text, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("values", JSON, nullable=False),
+    Column("environment_id", ForeignKey("environment.id"), nullable=False),
+    Column("created", String(32), nullable=False),
 )

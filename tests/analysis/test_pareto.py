@@ -57,7 +57,7 @@ def test_a_figure_has_all_points_the_baseline_and_its_rows_beside_it(database, s
     assert rows["key"].tolist() == keys[:-1]
     assert rows["on_front"].tolist() == [False, True, False, False, True, False]
     assert set(rows["protocol"]) == {"window-512"}
-    assert rows["ppl"].tolist() == pytest.approx([28.74, 8900.0, 12000.0, 36.4, 35.0, 38.0])
+    assert rows["value"].tolist() == pytest.approx([28.74, 8900.0, 12000.0, 36.4, 35.0, 38.0])
 
 
 def test_equal_rows_give_equal_files(database, store, tmp_path):
@@ -89,7 +89,7 @@ def drawn(database, keys) -> tuple:
     with house_style():
         figure = Figure()
         axes = figure.add_subplot()
-        draw(points, axes)
+        draw(points, table.evaluations[0].metric, axes)
         figure.canvas.draw()
     return points, axes
 
@@ -123,7 +123,7 @@ def test_labels_say_quantity_and_direction_and_the_caption_what_a_reader_needs(d
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["full precision\n28.74", "front", "awq", "gptq", "rtn"]
     for word in ("tiny", "c4-sample", "window-512", "40 windows", C4[:12]):
-        assert word in caption(points)
+        assert word in caption(points, sweep_table(database, points["key"], [C4]).evaluations[0])
 
 
 def test_no_two_points_hide_each_other():
@@ -131,7 +131,7 @@ def test_no_two_points_hide_each_other():
     rows = pd.DataFrame(
         {
             "bits_per_weight": [*same, 2.3],
-            "ppl": [30.0, 30.1, 30.2, 30.0, 60.0, 61.0, 30.0],
+            "value": [30.0, 30.1, 30.2, 30.0, 60.0, 61.0, 30.0],
             "stderr": [0.5, 0.5, np.nan, 0.5, 0.5, 0.5, 0.5],
             "on_front": [False, False, False, True, False, False, True],
         }

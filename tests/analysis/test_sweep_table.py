@@ -31,12 +31,12 @@ def test_values_and_paired_differences_are_those_of_the_stored_losses(database, 
     assert first["ppl c4-sample"] == stats.perplexity(full).value
     assert second["ppl_stderr c4-sample"] == pytest.approx(stats.perplexity(quantized).stderr, rel=1e-12)
     difference = stats.perplexity_difference(quantized, full)
-    assert (second["delta c4-sample"], second["delta_stderr c4-sample"]) == (
+    assert (second["ppl_delta c4-sample"], second["ppl_delta_stderr c4-sample"]) == (
         difference.value,
         difference.stderr,
     )
-    assert math.isnan(first["delta c4-sample"])
-    assert second["n c4-sample"] == 40
+    assert math.isnan(first["ppl_delta c4-sample"])
+    assert second["ppl_n c4-sample"] == 40
     assert second["bits_per_weight"] == 4.3125
     assert list(table.frame["key"]) == keys
 
@@ -58,12 +58,12 @@ def test_the_baseline_is_that_of_the_same_model_and_dtype(database, store):
     frame = sweep_table(database, keys, [C4]).frame
     for start in range(0, 8, 2):
         expected = frame["ppl c4-sample"][start + 1] - frame["ppl c4-sample"][start]
-        assert frame["delta c4-sample"][start + 1] == pytest.approx(expected)
+        assert frame["ppl_delta c4-sample"][start + 1] == pytest.approx(expected)
 
 
 def test_without_a_finished_baseline_there_is_no_difference(database, store):
     keys = [store("none", None, error=("MemoryError", "")), store("rtn", 4, measured(losses(3.0)))]
-    assert sweep_table(database, keys, [C4]).frame["delta c4-sample"].isna().all()
+    assert sweep_table(database, keys, [C4]).frame["ppl_delta c4-sample"].isna().all()
 
 
 def test_differences_without_samples_have_no_standard_error(database, store):
@@ -73,8 +73,8 @@ def test_differences_without_samples_have_no_standard_error(database, store):
         store("rtn", 4, measured(losses(3.5), **bare)),
     ]
     row = sweep_table(database, keys, [C4]).frame.iloc[1]
-    assert row["delta c4-sample"] == pytest.approx(np.exp(3.5) - np.exp(3.0))
-    assert math.isnan(row["delta_stderr c4-sample"])
+    assert row["ppl_delta c4-sample"] == pytest.approx(np.exp(3.5) - np.exp(3.0))
+    assert math.isnan(row["ppl_delta_stderr c4-sample"])
 
 
 def test_one_window_is_shown_without_standard_errors(database, store):

@@ -13,10 +13,10 @@ from torch import Tensor
 from qbench.engine.loop import Recipe, Streams, quantize_block
 from qbench.engine.passes import StructureCache, embed
 from qbench.engine.source import MemorySource
-from qbench.errors import QbenchError
+from qbench.errors import NumericsError, QbenchError
 from qbench.formats import SCALES, Block, QTensor, uniform
 from qbench.formats.scheme import InputFormat, Scheme
-from qbench.stages.base import Kind
+from qbench.stages.base import Kind, Stage
 from qbench.stages.pipeline import Pipeline, build_pipeline, stage_types
 from qbench.structure.blocks import capture_calls
 from tests.architectures import tiny_model, tokens
@@ -56,6 +56,10 @@ def _pipeline(name: str) -> Pipeline:
     elif STAGES[name].kind > Kind.ROUND:
         nodes.insert(0, {"stage": "rtn"})
     return build_pipeline(nodes)
+
+
+def _stage(name: str) -> Stage:
+    return STAGES[name](**QUICK.get(name, {}))
 
 
 class _Read(Mapping):
@@ -140,11 +144,8 @@ class _Watched:
             assert all(map(torch.equal, chunks, now)), "it changed the calibration data"
         if not stage.uses_random:
             assert torch.equal(state, view.generator.get_state()), "it drew random numbers without saying so"
-        for outcome in (first,):
-            for value in outcome.parameters.values():
-                assert torch.isfinite(value).all()
-            for codes in outcome.codes.values():
-                assert torch.isfinite(codes.dequantize()).all()
+        assert all(torch.isfinite(value).all() for value in first.parameters.values())
+        assert all(torch.isfinite(codes.dequantize()).all() for codes in first.codes.values())
         return second
 
 
@@ -200,8 +201,7 @@ def test_a_stage_keeps_the_contract(name, variant, monkeypatch):
     finished, watched = _run(name, variant, monkeypatch)
     assert watched.calls
     assert all(torch.isfinite(codes.dequantize()).all() for codes in finished.codes.values())
-    (stage,) = (stage for stage in _pipeline(name).stages if stage.name == name)
-    assert {need.statistic for need in stage.needs} == watched.used
+    assert {need.statistic for need in _stage(name).needs} == watched.used
     for group in finished.structure.groups:
         for ref in group.weights:
             assert torch.isfinite(ref.read(finished.block)).all()
@@ -216,9 +216,18 @@ REFUSED = {
 @pytest.mark.parametrize("name", sorted(STAGES))
 def test_a_stage_is_a_frozen_value_that_says_what_it_is(name):
     kind = STAGES[name]
-    stage = kind(**QUICK.get(name, {}))
+    stage = _stage(name)
     assert stage == copy.deepcopy(stage)
     assert hash(stage) == hash(copy.deepcopy(stage))
     assert kind.__doc__
     assert kind.version >= 1
     assert kind.__module__.rpartition(".")[2].startswith(kind.kind.name.lower())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in STAGES if _stage(name).needs))
+def test_inputs_that_are_not_finite_are_an_error_that_names_their_place(name, monkeypatch):
+    for need in _stage(name).needs:
+        value = need.statistic.value
+        monkeypatch.setattr(need.statistic, "value", lambda self, value=value: value(self) * math.nan)
+    with pytest.raises(NumericsError, match=r"^block 0, \S+\.weight: input of the layer is not finite$"):
+        _run(name, "plain", monkeypatch)

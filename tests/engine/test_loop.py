@@ -9,7 +9,7 @@ import torch
 
 from qbench.calibration.statistics import AbsMean, Hessian
 from qbench.engine.loop import FUNCTION_TOLERANCE, Recipe, Streams, quantize_block
-from qbench.engine.passes import StructureCache, embed
+from qbench.engine.passes import StructureCache, embed, run_pass
 from qbench.engine.probe import Probe, evenly_spaced
 from qbench.engine.source import MemorySource
 from qbench.errors import NumericsError
@@ -19,6 +19,7 @@ from qbench.stages.pipeline import Pipeline, build_pipeline
 from qbench.stages.range_awq_clip import AwqClip
 from qbench.stages.round_rtn import Rtn
 from qbench.stages.transform_awq import AwqScale
+from qbench.stages.transform_osplus import OsPlus
 from qbench.structure.blocks import capture_calls, find_blocks
 from tests.architectures import tiny_model, tokens
 from tests.engine.helpers import InputsOf, recipe, structure_of
@@ -276,6 +277,18 @@ def test_a_search_behind_a_transform_sees_modules_as_they_are_called_now(monkeyp
             assert torch.allclose(now, call.output, atol=1e-5)
             if call.module == "mlp":
                 assert not torch.allclose(then, call.output, atol=1e-2)
+
+
+def test_every_search_looks_at_as_many_tokens_as_it_asks_for(monkeypatch):
+    source, structure, stream, calibration = _prepared()
+    views = _view_of(monkeypatch, AwqScale), _view_of(monkeypatch, OsPlus), _view_of(monkeypatch, AwqClip)
+    nodes = [{"stage": "awq_scale", "search_tokens": 96}, {"stage": "osplus", "search_tokens": 32, "n_grid": 2}]
+    wanted = replace(recipe("rtn"), pipeline=build_pipeline([*nodes, {"stage": "awq_clip"}, {"stage": "rtn"}]))
+    run_pass(source, wanted, calibration)
+    searching, behind, clipping = (seen[0][0] for seen in views)
+    for view, sequences in ((searching, 6), (behind, 2)):
+        assert {call.output.shape[:-1].numel() for calls in view.scopes.values() for call in calls} == {sequences * 16}
+    assert not clipping.scopes
 
 
 def test_statistics_follow_a_shift(monkeypatch):

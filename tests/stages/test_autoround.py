@@ -17,10 +17,7 @@ from qbench.stages.pipeline import build_pipeline
 from qbench.stages.round_autoround import AutoRound, Rounding
 from qbench.stages.round_rtn import Rtn
 from tests.architectures import tiny_model, tokens
-from tests.stages.learning import BOTH
-from tests.stages.learning import learning_view as wide_view
 from tests.stages.learning_views import digests, learning_view, linear_view, state, unchanged
-from tests.stages.live import Live
 
 INT3 = uniform(bits=3, group_size=8, symmetric=False)
 FORMATS = {
@@ -310,18 +307,3 @@ def test_an_output_that_is_not_finite_is_an_error_that_names_the_block():
     view.data.targets[0][0, 0, 0] = math.nan
     with pytest.raises(NumericsError, match=r"^block 0: the loss of the quantized block's output is nan"):
         AutoRound(iters=2, batch_size=4).apply(view)
-
-
-def test_memory_is_that_of_three_blocks_and_a_minibatch():
-    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 8}
-    view = wide_view("llama", BOTH, batch=2, length=8, **sizes)
-    view = replace(view, generator=torch.Generator().manual_seed(0))
-    given = [*view.block.parameters(), *view.data.inputs, *view.data.targets]
-    block = sum(4 * value.numel() for value in view.block.parameters())
-    with Live(given) as live:
-        hidden = view.data.inputs[0][:1].clone().requires_grad_()
-        view.data.student({}, hidden).sum().backward()
-    minibatch = live.peak
-    with Live(given) as live:
-        AutoRound(iters=2, batch_size=1).apply(view)
-    assert live.peak <= 3 * block + minibatch, live.peak / block

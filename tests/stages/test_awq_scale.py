@@ -299,6 +299,6 @@ def test_weight_act_without_quantized_inputs_is_refused():
     fmt, inputs = uniform(bits=4, group_size=GROUP, symmetric=False), scopes.inputs_of(8, static=False)
     pipeline = build_pipeline([{"stage": "awq_scale", "weight_act": True}, {"stage": "rtn"}])
     pipeline.check(frozenset({fmt}), Scheme(weight=fmt, input=inputs))
-    with pytest.raises(SpecError, match=r"^algo\.weight_act=True.*quantized inputs") as refused:
+    with pytest.raises(SpecError, match=r"^algo\.weight_act=true.*quantized inputs") as refused:
         pipeline.check(frozenset({fmt}), Scheme(weight=fmt))
     assert "\n" not in str(refused.value)

@@ -49,7 +49,7 @@ def test_the_loss_is_between_the_quantized_and_the_full_precision_stream():
         output = view.block.norm(inputs[sequences]) @ weight.mT
         expected = (output - targets[sequences]).square().mean()
         for loss in (
-            weights_loss(view, refs, lambda: {"weight": weight}, squared_error),
+            weights_loss(view, refs, {"weight": weight}.get, squared_error),
             block_loss(view.data, lambda: {"weight": weight}, squared_error),
         ):
             assert loss(sequences).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -88,16 +88,16 @@ def test_run_time_transforms_are_known_beforehand():
 def test_what_is_meaningless_is_refused():
     with pytest.raises(SpecError, match=r"algo.rotate_mode=random: it is about the residual stream"):
         QuaRot(residual=False, rotate_mode="random")
-    with pytest.raises(SpecError, match=r"algo.residual=False: something to rotate"):
+    with pytest.raises(SpecError, match=r"algo.residual=false: something to rotate"):
         QuaRot(**NOTHING)
     with pytest.raises(SpecError, match=r"algo.online_o=some: one of heads, full, none"):
         build_pipeline([{"stage": "quarot", "online_o": "some"}, {"stage": "rtn"}])
     without = QuaRot(rotate_keys=False)
-    with pytest.raises(SpecError, match=r"algo.rotate_keys=False: a quantized cache"):
+    with pytest.raises(SpecError, match=r"algo.rotate_keys=false: a quantized cache"):
         without.check_scheme(Scheme(weight=INT4))
     without.check_scheme(Scheme(weight=INT4, cache=CACHE))
     keys = QuaRot(**NOTHING | {"rotate_keys": True})
-    with pytest.raises(SpecError, match=r"algo.residual=False: something to rotate: .* keys only with kv_bits"):
+    with pytest.raises(SpecError, match=r"algo.residual=false: something to rotate: .* keys only with kv_bits"):
         keys.check_scheme(Scheme(weight=INT4))
     keys.check_scheme(Scheme(weight=INT4, cache=CACHE))
     QuaRot().check_scheme(Scheme(weight=INT4))

@@ -6,14 +6,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from qbench.errors import AssetError
-from qbench.store import connect, migrations, schema
+from qbench.store import connect, migrations, queries, schema
 from qbench.store.database import Database
+from qbench.store.records import pack
 
 
 def objects(path: Path) -> dict[str, str]:
@@ -44,6 +46,30 @@ def test_the_migrations_arrive_at_the_declared_tables(tmp_path):
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, schema.metadata) == []
     assert migrations.revisions()[0] == schema.REVISION
+
+
+def test_a_database_of_an_older_schema_keeps_its_rows(url, tmp_path):
+    path = tmp_path / "old.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        migrations.upgrade(connection, "0002")
+        run = {"id": 1, "key": "k", "status": "done", "environment_id": 1, "owner": "o", "heartbeat": 0.0,
+               "created": "c", "model": "m", "algo": "rtn", "spec": "{}"}  # fmt: skip
+        metric = {"id": 1, "run_id": 1, "evaluator": "e", "protocol": "p", "task": "t", "name": "ppl", "value": 2.0,
+                  "n": 2, "unit": "ppl", "spec_key": "s", "created": "c"}  # fmt: skip
+        environment = {"id": 1, "hash": "h", "versions": "{}", "platform": "p", "cpu": "c", "threads": 1}
+        sample = {"metric_id": 1, "n": 2, "values": pack(np.array([1.0, 3.0]))}
+        for table, row in (("environment", environment), ("run", run), ("metric", metric), ("sample", sample)):
+            names = ", ".join(f'"{name}"' for name in row)
+            places = ", ".join(f":{name}" for name in row)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({places})"), row)
+    engine.dispose()
+    with Database(f"sqlite:///{path}") as database:
+        (found,) = queries.metrics(database, [1])
+        assert (found.value, found.higher_is_better) == (2.0, None)
+        stored = queries.clustered_samples_of(database, [1])[1]
+        assert (stored.values.tolist(), stored.clusters) == ([1.0, 3.0], None)
+        assert queries.frame(database)["value"].tolist() == [2.0], "the view is still there"
 
 
 def test_settings_that_make_sharing_safe(url):

@@ -52,7 +52,9 @@ def test_everything_that_goes_in_comes_out(database):
     layers = [LayerMetric(block=0, module="q_proj", name="output_error", value=1e-30)]
     files = [Artifact(kind="hf", path="/models/ü", sha256="cd" * 32, bytes=2**36)]
     claim = database.begin(given, KEY, ELSEWHERE)
-    database.finish(claim, outcome, [measurement(samples=nlls)], layers, files)
+    documents = np.array([7, 7, -1, 2**40])
+    measured = measurement(samples=nlls, clusters=documents, higher_is_better=False)
+    database.finish(claim, outcome, [measured], layers, files)
 
     row = database.find([KEY, key_of("unknown")])
     assert list(row) == [KEY]
@@ -64,7 +66,11 @@ def test_everything_that_goes_in_comes_out(database):
     assert queries.environment(database, row.environment_id) == ELSEWHERE
     (metric,) = queries.metrics(database, [row.id])
     assert (metric.value, metric.stderr, metric.n, metric.protocol) == (20.0, 0.5, 4, "window-512")
+    assert metric.higher_is_better is False
     assert np.array_equal(queries.samples(database, metric.id), nlls)
+    stored = queries.clustered_samples_of(database, [metric.id])[metric.id]
+    assert np.array_equal(stored.values, nlls)
+    assert (stored.clusters.tolist(), stored.clusters.dtype) == (documents.tolist(), np.dtype(np.int64))
     assert queries.layer_metrics(database, row.id) == layers
     assert queries.artifacts(database, row.id) == files
     assert database.measured(row.id) == {measurement().spec_key}

@@ -48,6 +48,13 @@ def test_metrics_without_samples_say_so(filled):
         queries.samples(filled, 2)
 
 
+def test_samples_without_clusters_say_so(filled):
+    found = queries.clustered_samples_of(filled, [1, 2, 3])
+    assert sorted(found) == [1, 3], "metric 2 has no samples"
+    assert found[1].clusters is None
+    assert found[1].values.tolist() == queries.samples(filled, 1).tolist()
+
+
 def test_the_frame_keeps_whole_numbers_whole_and_truth_true(filled):
     frame = queries.frame(filled, metric="ppl")
     assert list(frame["algo"]) == ["rtn", "none"]

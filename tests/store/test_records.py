@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qbench.errors import EvaluationError
-from qbench.store.records import LayerMetric, pack, unpack
+from qbench.store.records import LayerMetric, pack, pack_clusters, unpack, unpack_clusters
 from tests.store.workers import measurement
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 1.5e308]
@@ -37,6 +37,21 @@ def test_counts_and_shapes_have_to_fit(changes):
         measurement(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clusters": np.zeros(3, dtype=np.int64)},
+        {"clusters": np.zeros((4, 1), dtype=np.int64)},
+        {"clusters": np.zeros(4)},
+        {"clusters": np.zeros(4, dtype=np.int64), "samples": None},
+    ],
+)
+def test_clusters_are_integers_one_per_sample(changes):
+    with pytest.raises(EvaluationError, match="clusters"):
+        measurement(**changes)
+    assert measurement(clusters=np.arange(4, dtype=np.int32)).clusters is not None
+
+
 def test_a_value_without_stderr_or_samples_is_fine():
     assert measurement(stderr=None, samples=None).stderr is None
 
@@ -47,6 +62,15 @@ def test_packed_samples_come_back_to_the_last_bit(values):
     assert unpack(pack(array), len(values)).tobytes() == array.tobytes()
     with pytest.raises(EvaluationError):
         unpack(pack(array), len(values) + 1)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=50))
+def test_packed_clusters_come_back(values):
+    array = np.array(values, dtype=np.int64)
+    found = unpack_clusters(pack_clusters(array), len(values))
+    assert (found.tolist(), found.dtype) == (values, np.int64)
+    with pytest.raises(EvaluationError, match="clusters"):
+        unpack_clusters(pack_clusters(array), len(values) + 1)
 
 
 def test_packing_does_not_depend_on_layout_or_byte_order():

@@ -1,0 +1,225 @@
+"""Needle in context: whether a fact that stands once in a long text is found again through the (quantized) cache.
+
+A text of exactly `length` tokens is made of a stretch of a corpus, a sentence that gives one place's code, put at a
+given depth, and the beginning of the answer at the end. It is read in one forward, which fills the cache; the code is
+then scored and generated token by token from what the cache holds.
+
+  needle_choice  share of texts whose own code is likelier than every wrong one (summed log-likelihoods)
+  needle_exact   share of texts after which the likeliest tokens, one by one, are the code
+
+Choosing blindly scores 1 / codes. All depths of a number share stretch, place and codes, and so form a cluster.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbench.calibration.corpora import Corpus
+from qbench.checks import integer
+from qbench.errors import SpecError
+from qbench.evaluation.base import Context, Evaluation, Report, Subject
+from qbench.evaluation.greedy import last_only
+from qbench.evaluation.perplexity import texts
+from qbench.evaluation.recorder import Recorder
+from qbench.spec import EvaluationSpec
+from qbench.store.records import Measurement
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedTokenizerBase
+
+#: Raise when the same texts give another number.
+VERSION = 1
+
+PLACES = (
+    *("harbour", "museum", "bakery", "library", "castle", "theatre", "factory", "garden", "station", "market"),
+    *("hospital", "chapel", "stadium", "prison", "airport", "school", "brewery", "lighthouse", "observatory", "mill"),
+)
+WORDS = (
+    *("apple", "silver", "window", "mountain", "river", "candle", "winter", "yellow", "pencil", "dragon"),
+    *("coffee", "orange", "island", "velvet", "thunder", "marble", "rabbit", "copper", "garlic", "violin"),
+    *("purple", "feather", "desert", "bottle", "tiger", "crystal", "lemon", "shadow", "rocket", "honey"),
+)
+SENTENCE = "\n\nThe secret code of the {place} is {code}.\n\n"
+QUESTION = "\n\nRemember: the secret code of the {place} is"
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One text: token ids of prompt [length] and codes, of which the first is the right one; `number` tells which
+    stretch and place it shares with other depths."""
+
+    prompt: tuple[int, ...]
+    codes: tuple[tuple[int, ...], ...]
+    depth: float
+    number: int
+
+
+def make_needles(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Tensor,
+    length: int,
+    depths: tuple[float, ...],
+    n: int,
+    codes: int,
+    seed: int,
+) -> list[Needle]:
+    """`n` texts of `length` tokens for every depth, from the tokens of a corpus, int64 [total].
+
+    Prompt and longest code together are `length` tokens. Depth 0 puts the fact at the start, 1 right before the end.
+    A code is two words. SpecError where the corpus or the length does not hold such a text.
+    """
+    found = []
+    ids = haystack.tolist()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    start = [tokenizer.bos_token_id] if ids[:1] == [tokenizer.bos_token_id] else []
+    for number in range(n):
+        # Apart for every text, so that more texts leave the earlier ones as they are.
+        generator = random.Random(f"{seed} {number}")
+        place = generator.choice(PLACES)
+        chosen: list[str] = []
+        while len(chosen) < codes:
+            pair = " ".join(generator.sample(WORDS, 2))
+            if pair not in chosen:
+                chosen.append(pair)
+        answers = tuple(tuple(encode(f" {code}")) for code in chosen)
+        fact = encode(SENTENCE.format(place=place, code=chosen[0]))
+        question = encode(QUESTION.format(place=place))
+        room = length - len(start) - len(fact) - len(question) - max(map(len, answers))
+        if room < 1:
+            raise SpecError(
+                "eval.lengths", length, f"at least {length - room + 1} tokens to hold a fact and a question"
+            )
+        if room > len(ids):
+            raise SpecError("eval.lengths", length, f"at most {len(ids) + length - room}, what the corpus can fill")
+        begin = generator.randint(0, len(ids) - room)
+        hay = ids[begin : begin + room]
+        for depth in depths:
+            at = round(depth * room)
+            prompt = (*start, *hay[:at], *fact, *hay[at:], *question)
+            found.append(Needle(prompt=prompt, codes=answers, depth=depth, number=number))
+    return found
+
+
+@torch.inference_mode()
+def find_needle(model: nn.Module, needle: Needle, cache: Cache) -> tuple[bool, bool]:
+    """Whether the right code is likelier than all others, and whether it is what greedy decoding gives.
+
+    The prompt goes through an empty cache in one forward; the codes, and the greedy answer beside them, are then
+    decoded together, a token per forward, each from its own copy of the cache.
+    """
+    device = next(model.parameters()).device
+    prompt = torch.tensor([needle.prompt], device=device)
+    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last_only(model)).logits[:, -1]
+    rows, longest = len(needle.codes), max(map(len, needle.codes))
+    right = needle.codes[0]
+    # Shorter codes are filled up with token 0, which nothing that counts is predicted from.
+    tokens = torch.tensor([[*code, *[0] * (longest - len(code))] for code in needle.codes], device=device)
+    counts = torch.tensor([[place < len(code) for place in range(longest)] for code in needle.codes], device=device)
+    cache.batch_repeat_interleave(rows + 1)
+    logits = logits.expand(rows + 1, -1)
+    score = torch.zeros(rows, dtype=torch.float64, device=device)
+    greedy: list[int] = []
+    for place in range(longest):
+        step = logits.float().log_softmax(-1).double()
+        score += torch.where(counts[:, place], step[:rows].gather(1, tokens[:, place : place + 1])[:, 0], 0)
+        best = step[rows].argmax()
+        greedy.append(int(best))
+        if place + 1 < longest:
+            following = torch.cat([tokens[:, place], best[None]])[:, None]
+            logits = model(input_ids=following, past_key_values=cache, use_cache=True).logits[:, -1]
+    return bool((score[0] > score[1:]).all()), tuple(greedy[: len(right)]) == right
+
+
+def needle_measurements(
+    needles: list[Needle], found: list[tuple[bool, bool]], spec: EvaluationSpec
+) -> list[Measurement]:
+    """Shares over all texts; samples are 0 or 1 in the order of `needles`, clustered by number."""
+    clusters = np.array([needle.number for needle in needles], dtype=np.int64)
+    record = Recorder(spec, len(needles), clusters)
+    choice, exact = np.array(found, dtype=np.float64).T
+    return [record.mean("needle_choice", "share", choice), record.mean("needle_exact", "share", exact)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleInContext(Evaluation):
+    """Needles in texts of one length."""
+
+    corpus: Corpus
+    depths: tuple[float, ...]
+    texts: int
+    codes: int
+    seed: int
+
+    def preflight(self, context: Context) -> None:
+        limit = getattr(context.skeleton.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and self.spec.length > limit:
+            raise SpecError("eval.lengths", self.spec.length, f"at most {limit}, the context of {context.name}")
+        self._needles(context)
+
+    def _needles(self, context: Context) -> list[Needle]:
+        haystack, tokenizer = context.tokens(self.corpus), context.tokenizer()
+        return make_needles(tokenizer, haystack, self.spec.length, self.depths, self.texts, self.codes, self.seed)
+
+    def measure(self, subject: Subject, report: Report) -> list[Measurement]:
+        needles = self._needles(subject.context)
+        found = []
+        with subject.decoding() as (model, new_cache):
+            for needle in needles:
+                found.append(find_needle(model, needle, new_cache()))
+                report(len(found), len(needles))
+        return needle_measurements(needles, found, self.spec)
+
+
+def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
+    """The evaluations that `conf/eval/needle.yaml` describes: one per text and length. SpecError, AssetError."""
+    lengths = _list("eval.lengths", options["lengths"], lambda value: integer("eval.lengths", value, 2))
+    depths = _list("eval.depths", options["depths"], _depth)
+    n = integer("eval.n", options["n"], 1)
+    codes = integer("eval.codes", options["codes"], 2, 100)
+    seed = integer("eval.seed", options["seed"], 0)
+    return tuple(
+        NeedleInContext(
+            spec=EvaluationSpec(
+                evaluator="needle",
+                version=VERSION,
+                task=corpus.name,
+                fingerprint=corpus.fingerprint,
+                length=length,
+                n=n * len(depths),
+                mode="needle",
+                options=(("codes", codes), ("depths", " ".join(map(str, depths))), ("seed", seed)),
+            ),
+            corpus=corpus,
+            depths=depths,
+            texts=n,
+            codes=codes,
+            seed=seed,
+        )
+        for corpus in texts(options)
+        for length in lengths
+    )
+
+
+def _list(option: str, values: object, check: Callable[[object], Any]) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise SpecError(option, values, "a list with at least one number")
+    found = tuple(check(value) for value in values)
+    if len(set(found)) < len(found):
+        raise SpecError(option, values, "numbers that differ")
+    return found
+
+
+def _depth(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise SpecError("eval.depths", value, "numbers from 0 (start of the text) to 1 (its end)")
+    return float(value)
