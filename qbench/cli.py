@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measuring = commands.add_parser("eval", help="measure finished runs again, with other evaluations")
     measuring.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
-    measuring.add_argument("run", nargs="+", help="id, or the beginning of the key; and key=value, such as eval=zeroshot")
+    measuring.add_argument("run", nargs="+", help="id or beginning of the key; and key=value, such as eval=zeroshot")
     measuring.set_defaults(command=_evaluate)
 
     checking = commands.add_parser("doctor", parents=[shared], help="check this machine, install optional parts")

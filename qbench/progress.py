@@ -58,7 +58,8 @@ class SweepProgress:
         """One step of a phase of the running point; note: what else there is to say, such as a loss."""
         label = self._bars.tasks[self._phase].description.partition(":")[0]
         if name != self._name or done == 1:
-            self._bars.reset(self._phase, description=f"{label}: {name}", total=total, unit=UNITS.get(name.partition(" ")[0], ""))
+            unit = UNITS.get(name.partition(" ")[0], "")
+            self._bars.reset(self._phase, description=f"{label}: {name}", total=total, unit=unit)
             self._name = name
         description = f"{label}: {name}{f' ({note})' if note else ''}"
         self._bars.update(self._phase, completed=done, total=total, description=description)

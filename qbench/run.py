@@ -61,8 +61,8 @@ def execute(
     """Carry out a point that has no finished row. "busy" if another process holds it (or has just finished it).
 
     Where some measurements fail and others do not, the run is done, the failures are stored beside it and the first is
-    returned. Any other exception becomes a `failed` row with its trace and is returned; KeyboardInterrupt leaves the row running,
-    to be taken over by the next invocation.
+    returned. Any other exception becomes a `failed` row with its trace and is returned; KeyboardInterrupt leaves the
+    row running, to be taken over by the next invocation.
     """
     key = point.spec.key()
     claim = database.begin(columns(point), key, session.environment(point))

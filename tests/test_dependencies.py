@@ -19,7 +19,8 @@ LAYERS = (
     {"stages"},
     {"engine"},
     {"models", "evaluation", "export"},
-    {"scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep", "rebuild", "noise"},
+    {"scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"}
+    | {"rebuild", "noise"},
     {"cli", "command", "composition", "help", "__main__"},
 )
 BESIDE = {("export", "models"), ("evaluation", "models")}

@@ -18,7 +18,7 @@ from qbench.errors import SpecError, written
 from qbench.formats import TensorFormat
 from qbench.formats.scheme import Scheme
 from qbench.spec import StageSpec
-from qbench.stages.base import Kind, Need, Stage, StreamName, WeightShape, require
+from qbench.stages.base import Kind, Need, Stage, StreamName, WeightShape
 
 #: How an option's type is named to a user.
 EXPECTED = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}

@@ -15,6 +15,7 @@ from qbench.formats import Block, Int, TensorFormat
 from qbench.formats.named import activation_format
 from qbench.formats.scale import SCALES
 from qbench.formats.scheme import CacheFormat, InputFormat
+from tests.engine.helpers import tiny_windows
 from tests.evaluation.subjects import FakeContext, full_precision, quantized
 
 pytest.importorskip("lm_eval")
@@ -210,14 +211,14 @@ def test_rolling_perplexity(items, subject):
 
 
 def test_generation_with_examples_and_filters(items, subject):
-    (evaluation,) = _build(items, ["gsm8k"], num_fewshot=2, limit=3)
+    (evaluation,) = _build(items, ["gsm8k"], num_fewshot=2, limit=2)
     found = _measure(evaluation, subject)
-    expected = _reference(evaluation, subject, limit=3)["results"]["gsm8k"]
+    expected = _reference(evaluation, subject, limit=2)["results"]["gsm8k"]
     assert {name for _, name in found} == {"exact_match,strict-match", "exact_match,flexible-extract"}
     for (_, name), row in found.items():
         assert row.value == expected[name]
         assert row.protocol == "2-shot"
-        assert row.n == 3
+        assert row.n == 2
 
 
 def test_examples_are_those_of_lm_eval(items, subject):
@@ -292,7 +293,7 @@ NVFP4 = InputFormat(format=activation_format("nvfp4"))
     "scheme", [{"cache": KIVI}, {"inputs": TOKEN}, {"inputs": NVFP4}], ids=["kivi", "int4", "nvfp4"]
 )
 def test_what_is_quantized_at_run_time_does_not_depend_on_padding_and_sharing(scheme, tmp_path):
-    subject = quantized(tmp_path, 8, **scheme)
+    subject = quantized(tmp_path, 8, windows=tiny_windows(2, 32), **scheme)  # nvfp4: one scale of its two is static
     draw = random.Random(3)
     contexts = [[draw.randrange(9, 200) for _ in range(size)] for size in (41, 40, 23, 7)]
     pairs = [(context, [draw.randrange(9, 200) for _ in range(draw.randint(1, 9))]) for context in contexts * 3]
@@ -320,9 +321,9 @@ def test_contexts_are_shared_only_where_the_cache_is_what_it_seems(items, tmp_pa
 
 
 def test_generation_goes_through_the_quantized_cache(items, tmp_path):
-    (evaluation,) = _build(items, ["gsm8k"], num_fewshot=0, limit=2)
+    (evaluation,) = _build(items, ["gsm8k"], num_fewshot=0, limit=1)
     subject = quantized(tmp_path, 4, cache=KIVI)
-    assert _measure(evaluation, subject)["gsm8k", "exact_match,strict-match"].n == 2
+    assert _measure(evaluation, subject)["gsm8k", "exact_match,strict-match"].n == 1
     kinds = []
     with subject.decoding() as (_, empty):
         kinds.append(type(empty()).__name__)
@@ -389,18 +390,19 @@ def test_missing_items_name_the_file_and_the_other_way(items, tmp_path):
 
 
 def test_an_unreachable_hub_names_the_folder_to_give(tmp_path, monkeypatch):
+    leaf = definitions.installed().resolve("piqa")[0]
     monkeypatch.setenv("QBENCH_CACHE", str(tmp_path))
 
     def unreachable(self, *args, **kwargs):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    leaf = definitions.installed().resolve("piqa")[0]
     with pytest.raises(AssetError, match=r"Name or service not known.*<folder>/piqa/<split>\.jsonl"):
         data.hub(leaf, 0)
 
 
 def test_the_hub_s_revision_is_fixed_once(tmp_path, monkeypatch):
+    leaf = definitions.installed().resolve("piqa")[0]
     monkeypatch.setenv("QBENCH_CACHE", str(tmp_path))
     asked = []
 
@@ -408,7 +410,6 @@ def test_the_hub_s_revision_is_fixed_once(tmp_path, monkeypatch):
         sha = "c0ffee"
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, **k: asked.append(name) or Info)
-    leaf = definitions.installed().resolve("piqa")[0]
     first, second = data.hub(leaf, 0), data.hub(leaf, 0)
     assert first == second
     assert asked == ["baber/piqa"]

@@ -84,7 +84,7 @@ def environment_folder() -> Path:
 def find_environment() -> Environment | None:
     """The environment if it is installed completely."""
     folder = environment_folder()
-    with suppress(FileNotFoundError):
+    with suppress(OSError, ValueError):  # not there, or not to be read
         checked = json.loads((folder / "checked.json").read_text())
         if _python(folder).exists():
             return Environment(folder, checked)
