@@ -30,7 +30,7 @@ from qbench.checks import integer
 from qbench.errors import EvaluationError, SpecError
 from qbench.evaluation.base import Context, Evaluation, Report, Subject
 from qbench.evaluation.greedy import continuations, last_only
-from qbench.evaluation.logit_cache import LIMIT_BYTES, TensorCache, cache_key
+from qbench.evaluation.logit_cache import LIMIT_BYTES, TensorCache, cache_key, full_precision_cache
 from qbench.evaluation.perplexity import BATCH_TOKENS, texts
 from qbench.evaluation.recorder import Recorder
 from qbench.spec import EvaluationSpec
@@ -144,7 +144,7 @@ def fidelity(tokens: TokenFidelity, spec: EvaluationSpec, clusters: np.ndarray |
     `samples` are per window: means of what is averaged, for `rms_dp` the mean square. EvaluationError where a model's
     output is no distribution.
     """
-    for name in ("kl", "dp"):
+    for name in ("kl", "dp", "dnll"):
         bad = (~torch.isfinite(getattr(tokens, name))).nonzero()
         if len(bad):
             window, position = bad[0].tolist()
@@ -185,7 +185,7 @@ class WindowFidelity(Evaluation):
 
     def measure(self, subject: Subject, report: Report) -> list[Measurement]:
         windows = self._windows(subject.context)
-        cache = TensorCache(subject.cache_folder, self.cache_bytes)
+        cache = full_precision_cache(subject.cache_folder, self.cache_bytes)
         clusters = window_clusters(subject.tokenizer, self.corpus, self.spec.length, len(windows))
         return fidelity(window_fidelity(subject, windows, cache, self.batch, report), self.spec, clusters)
 

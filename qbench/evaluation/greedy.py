@@ -27,7 +27,7 @@ from qbench.calibration.samplers import evaluation_windows
 from qbench.checks import integer
 from qbench.errors import SpecError
 from qbench.evaluation.base import Context, Evaluation, Report, Subject
-from qbench.evaluation.logit_cache import LIMIT_BYTES, TensorCache, cache_key
+from qbench.evaluation.logit_cache import LIMIT_BYTES, cache_key, full_precision_cache
 from qbench.evaluation.recorder import Recorder
 from qbench.spec import EvaluationSpec
 from qbench.store.records import Measurement
@@ -110,7 +110,7 @@ class Continuations(Evaluation):
 
     def measure(self, subject: Subject, report: Report) -> list[Measurement]:
         prompts = self._prompts(subject.context)
-        cache = TensorCache(subject.cache_folder, self.cache_bytes)
+        cache = full_precision_cache(subject.cache_folder, self.cache_bytes)
         device = next(subject.model.parameters()).device
         total = 2 * len(prompts) * self.tokens
         full, quantized = [], []

@@ -5,11 +5,11 @@
 | wikitext2 | raw test split, all rows                 | rows joined by two newlines | one after the other, all       |
 | ptb       | test split (Mikolov's), sentences        | rows joined by a space      | one after the other, all       |
 | c4        | first validation shard                   | a window of one document    | 256 at random (seed 0)         |
-| c4-new    | first validation shard, first 1100 rows  | rows joined by a space      | one after the other, first 256 |
+| c4_new    | first validation shard, first 1100 rows  | rows joined by a space      | one after the other, first 256 |
 
-`ptb` and `c4-new` are what the authors' code calls `ptb_new` and `c4_new`, which later papers print; that a file holds
-the rows that its name promises is the user's word. All but `c4` give the protocol `window-<length>` and the same
-numbers as `eval=perplexity` on the same text; `c4` has a protocol of its own, `documents-<length>`.
+`ptb` is what the authors' code calls `ptb_new`; `c4_new` is its own name there, and some papers print it as C4. That a
+file holds the rows that its name promises is the user's word. All but `c4` give the protocol `window-<length>` and the
+numbers of `eval=perplexity` on the same text; `c4` has a protocol of its own, `documents-<length>`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from qbench.evaluation.perplexity import VERSION, WindowPerplexity, perplexity, 
 from qbench.spec import EvaluationSpec, digest
 from qbench.store.records import Measurement
 
-DEFINITIONS = ("wikitext2", "ptb", "c4", "c4-new")
+DEFINITIONS = ("wikitext2", "ptb", "c4", "c4_new")
 
 #: Rows and windows of C4 that are read.
 C4_ROWS, C4_WINDOWS, C4_SEED = 1100, 256, 0
 
 
 def literature_text(definition: str, rows: list[str], *, raw_lines: bool) -> str:
-    """The text of `wikitext2`, `ptb` or `c4-new` from the rows of its file. `raw_lines`: the rows are lines of a text
+    """The text of `wikitext2`, `ptb` or `c4_new` from the rows of its file. `raw_lines`: the rows are lines of a text
     file; the published rows of WikiText keep their line ends, and blank lines are empty rows."""
     if definition == "wikitext2":
         return join((row + "\n" if row.strip() else "" for row in rows) if raw_lines else rows)

@@ -74,7 +74,7 @@ class TensorCache:
     def _make_room(self, need: int) -> bool:
         """Whether `need` bytes fit, after old entries were dropped for them."""
         entries = []
-        for path in self.folder.iterdir():
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part")):  # a killed process leaves parts
             with suppress(FileNotFoundError):  # another process made room
                 status = path.stat()
                 entries.append((status.st_mtime, status.st_size, path))
@@ -88,6 +88,11 @@ class TensorCache:
                 path.unlink()
             total -= size
         return total + need <= self.limit_bytes
+
+
+def full_precision_cache(folder: Path, limit_bytes: int) -> TensorCache:
+    """What evaluators keep of full-precision models, in a folder of its own under their common one."""
+    return TensorCache(folder / "full-precision", limit_bytes)
 
 
 def cache_key(model_key: str, tokens: Tensor, device: torch.device, *parts: object) -> str:

@@ -1,8 +1,8 @@
 """Needle in context: whether a fact that stands once in a long text is found again through the (quantized) cache.
 
 A text of exactly `length` tokens is made of a stretch of a corpus, a sentence that gives one place's code, put at a
-given depth, and the beginning of the answer at the end. It is read in one forward, which fills the cache; the code is
-then scored and generated token by token from what the cache holds.
+given depth, such sentences of other places anywhere, and the beginning of the answer at the end. It is read in one
+forward, which fills the cache; the code is then scored and generated token by token from what the cache holds.
 
   needle_choice  share of texts whose own code is likelier than every wrong one (summed log-likelihoods)
   needle_exact   share of texts after which the likeliest tokens, one by one, are the code
@@ -68,12 +68,14 @@ def make_needles(
     depths: tuple[float, ...],
     n: int,
     codes: int,
+    facts: int,
     seed: int,
 ) -> list[Needle]:
     """`n` texts of `length` tokens for every depth, from the tokens of a corpus, int64 [total].
 
     Prompt and longest code together are `length` tokens. Depth 0 puts the fact at the start, 1 right before the end.
-    A code is two words. SpecError where the corpus or the length does not hold such a text.
+    A code is two words; the first `facts` of `codes` stand in the text, the others nowhere. SpecError where the corpus
+    or the length does not hold such a text.
     """
     found = []
     ids = haystack.tolist()
@@ -85,28 +87,32 @@ def make_needles(
     for number in range(n):
         # Apart for every text, so that more texts leave the earlier ones as they are.
         generator = random.Random(f"{seed} {number}")
-        place = generator.choice(PLACES)
+        places = generator.sample(PLACES, facts)
         chosen: list[str] = []
         while len(chosen) < codes:
             pair = " ".join(generator.sample(WORDS, 2))
             if pair not in chosen:
                 chosen.append(pair)
         answers = tuple(tuple(encode(f" {code}")) for code in chosen)
-        fact = encode(SENTENCE.format(place=place, code=chosen[0]))
-        question = encode(QUESTION.format(place=place))
-        room = length - len(start) - len(fact) - len(question) - max(map(len, answers))
-        if room < 1:
+        sentences = [encode(SENTENCE.format(place=place, code=code)) for place, code in zip(places, chosen)]
+        question = encode(QUESTION.format(place=places[0]))
+        room = length - len(start) - sum(map(len, sentences)) - len(question) - max(map(len, answers))
+        if room < 2:
             raise SpecError(
-                "eval.lengths", length, f"at least {length - room + 1} tokens to hold a fact and a question"
+                "eval.lengths", length, f"at least {length - room + 2} tokens for {facts} facts and a question"
             )
         if room > len(ids):
             raise SpecError("eval.lengths", length, f"at most {len(ids) + length - room}, what the corpus can fill")
         begin = generator.randint(0, len(ids) - room)
         hay = ids[begin : begin + room]
+        others = [(generator.randint(1, room - 1), sentence) for sentence in sentences[1:]]
         for depth in depths:
-            at = round(depth * room)
-            prompt = (*start, *hay[:at], *fact, *hay[at:], *question)
-            found.append(Needle(prompt=prompt, codes=answers, depth=depth, number=number))
+            prompt, last = list(start), 0
+            for at, sentence in sorted([(round(depth * room), sentences[0]), *others]):
+                prompt += [*hay[last:at], *sentence]
+                last = at
+            prompt += [*hay[last:], *question]
+            found.append(Needle(prompt=tuple(prompt), codes=answers, depth=depth, number=number))
     return found
 
 
@@ -158,6 +164,7 @@ class NeedleInContext(Evaluation):
     depths: tuple[float, ...]
     texts: int
     codes: int
+    facts: int
     seed: int
 
     def preflight(self, context: Context) -> None:
@@ -168,7 +175,8 @@ class NeedleInContext(Evaluation):
 
     def _needles(self, context: Context) -> list[Needle]:
         haystack, tokenizer = context.tokens(self.corpus), context.tokenizer()
-        return make_needles(tokenizer, haystack, self.spec.length, self.depths, self.texts, self.codes, self.seed)
+        wanted = (self.spec.length, self.depths, self.texts, self.codes, self.facts, self.seed)
+        return make_needles(tokenizer, haystack, *wanted)
 
     def measure(self, subject: Subject, report: Report) -> list[Measurement]:
         needles = self._needles(subject.context)
@@ -186,6 +194,7 @@ def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
     depths = _list("eval.depths", options["depths"], _depth)
     n = integer("eval.n", options["n"], 1)
     codes = integer("eval.codes", options["codes"], 2, 100)
+    facts = integer("eval.facts", options["facts"], 1, min(codes, len(PLACES)))
     seed = integer("eval.seed", options["seed"], 0)
     return tuple(
         NeedleInContext(
@@ -197,12 +206,13 @@ def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
                 length=length,
                 n=n * len(depths),
                 mode="needle",
-                options=(("codes", codes), ("depths", " ".join(map(str, depths))), ("seed", seed)),
+                options=(("codes", codes), ("depths", " ".join(map(str, depths))), ("facts", facts), ("seed", seed)),
             ),
             corpus=corpus,
             depths=depths,
             texts=n,
             codes=codes,
+            facts=facts,
             seed=seed,
         )
         for corpus in texts(options)

@@ -40,6 +40,13 @@ def test_mcnemar(discordant, exact):
     assert stats.flips(a, other) == stats.Flips(both=40, only_first=b, only_second=c, neither=5)
 
 
+def test_answers_that_belong_together_are_not_tested_as_if_they_did_not():
+    a, b = items(40, 12, 3, 5)
+    clusters = np.arange(60) // 4
+    assert stats.paired_test(a, b) == stats.mcnemar(a, b)
+    assert stats.paired_test(a, b, clusters) == stats.paired_t(a, b, clusters)
+
+
 def test_mcnemar_says_which_of_its_forms_was_used():
     few, many = stats.mcnemar(*items(50, 14, 10, 50)), stats.mcnemar(*items(50, 14, 11, 50))
     assert (few.method, many.method) == ("McNemar exact", "McNemar χ²")

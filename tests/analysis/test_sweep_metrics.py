@@ -81,6 +81,9 @@ def test_every_metric_of_the_evaluations_has_its_columns(database, store):
     assert table.frame[norm.value][0] == pytest.approx(0.75)
     assert table.frame[p99.delta_stderr].isna().all(), "a percentile is not paired"
     assert table.frame[rms.delta][3] == pytest.approx(table.frame[rms.value][3])
+    squares = [fidelity(divergence)[2].samples for divergence in (1.5, 0.0)]
+    expected = stats.difference(*squares, link="root_mean")
+    assert table.frame[rms.delta_stderr][3] == pytest.approx(expected.stderr), "paired, on the squares"
     assert table.frame[kl.n].tolist() == [20] * 4
     assert "arc_easy: 0-shot, 200 items" in table.caption
     assert table.caption.count("kl-512: kl-512, 20 windows") == 1

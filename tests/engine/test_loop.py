@@ -280,7 +280,7 @@ def test_a_search_behind_a_transform_sees_modules_as_they_are_called_now(monkeyp
 
 
 def test_every_search_looks_at_as_many_tokens_as_it_asks_for(monkeypatch):
-    source, structure, stream, calibration = _prepared()
+    source, _, _, calibration = _prepared()
     views = _view_of(monkeypatch, AwqScale), _view_of(monkeypatch, OsPlus), _view_of(monkeypatch, AwqClip)
     nodes = [{"stage": "awq_scale", "search_tokens": 96}, {"stage": "osplus", "search_tokens": 32, "n_grid": 2}]
     wanted = replace(recipe("rtn"), pipeline=build_pipeline([*nodes, {"stage": "awq_clip"}, {"stage": "rtn"}]))

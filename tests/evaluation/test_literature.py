@@ -41,7 +41,7 @@ def test_texts_are_joined_as_published():
     assert literature_text("wikitext2", raw, raw_lines=True) == literature_text("wikitext2", rows, raw_lines=False)
     assert literature_text("ptb", ["a b", "c"], raw_lines=True) == "a b c"
     many = [str(number) for number in range(2000)]
-    assert literature_text("c4-new", many, raw_lines=False) == " ".join(many[:1100])
+    assert literature_text("c4_new", many, raw_lines=False) == " ".join(many[:1100])
 
 
 @pytest.mark.parametrize(("definition", "field", "joint"), [("wikitext2", "text", "\n\n"), ("ptb", "sentence", " ")])
@@ -78,7 +78,7 @@ def test_c4_takes_windows_of_single_documents(tmp_path, model):
     (found,) = only.measure(subject, lambda done, total: None)
     assert found.samples == pytest.approx(window_nll(model, windows).numpy(), rel=1e-6)
     assert build({**options, "n": None}, "memory")[0].spec.n == 256
-    (joined,) = build({**options, "definition": "c4-new"}, "memory")
+    (joined,) = build({**options, "definition": "c4_new"}, "memory")
     assert joined.spec.protocol == "window-16"
     assert joined.spec.key() != only.spec.key()
     (longer,) = build({**options, "length": 10**5}, "memory")
@@ -97,7 +97,7 @@ def test_streams_can_be_measured(tmp_path):
     ("change", "error", "message"),
     [
         ({}, SpecError, "eval.path=null: with eval=wikitext2: the path of a .jsonl or .txt file"),
-        ({"definition": "pile"}, SpecError, "eval.definition=pile: must be one of wikitext2, ptb, c4, c4-new"),
+        ({"definition": "pile"}, SpecError, "eval.definition=pile: must be one of wikitext2, ptb, c4, c4_new"),
         ({"path": "missing.jsonl"}, AssetError, "eval.path=missing.jsonl: no such file"),
         ({"length": 1}, SpecError, "eval.length=1"),
         ({"n": 0}, SpecError, "eval.n=0"),

@@ -112,6 +112,7 @@ def _measure(evaluation, subject):
 
 def _reference(evaluation, subject, limit=None):
     """The same tasks with lm-eval's own class for transformers models and its own standard errors."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -119,6 +120,8 @@ def _reference(evaluation, subject, limit=None):
 
     lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=3)
     with loaded(evaluation.tasks) as tasks:
+        for task in tasks.values():
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=100_000)
 
 

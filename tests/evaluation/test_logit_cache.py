@@ -51,6 +51,15 @@ def test_a_working_set_larger_than_the_limit_keeps_what_fits(tmp_path):
     assert {path.stem for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_other_files_are_left_alone_and_parts_of_killed_processes_go(tmp_path):
+    (tmp_path / "notes.txt").write_text("x" * 20_000)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "abc.part").write_bytes(bytes(7_000))
+    os.utime(tmp_path / "abc.part", (0, 0))
+    TensorCache(tmp_path, 9_000).get("a", lambda: _tensor(0))
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "folder", "a.safetensors"}
+
+
 def test_nothing_is_kept_without_room(tmp_path):
     cache = TensorCache(tmp_path / "none", 0)
     assert torch.equal(cache.get("a", lambda: _tensor(1)), _tensor(1))

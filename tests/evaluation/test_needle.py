@@ -1,5 +1,7 @@
 """Needles: where the fact stands, that decoding from copies of the cache is what whole forwards give."""
 
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -21,6 +23,7 @@ OPTIONS = {
     "depths": [0, 0.5, 1],
     "n": 2,
     "codes": 4,
+    "facts": 2,
     "seed": 0,
     "batch": None,
 }
@@ -44,7 +47,7 @@ def model():
 @pytest.mark.parametrize("length", [120, 333])
 def test_texts_have_their_length_and_the_fact_its_depth(length, tokenizer, haystack):
     depths = (0.0, 0.3, 1.0)
-    needles = make_needles(tokenizer, haystack, length, depths, 5, 6, 1)
+    needles = make_needles(tokenizer, haystack, length, depths, 5, 6, 1, 1)
     assert [needle.depth for needle in needles] == list(depths) * 5
     whole = tokenizer.decode(haystack)
     for needle in needles:
@@ -63,9 +66,23 @@ def test_texts_have_their_length_and_the_fact_its_depth(length, tokenizer, hayst
         assert not any(tokenizer.decode(code) in text for code in needle.codes[1:])
 
 
+def test_other_places_have_codes_of_their_own(tokenizer, haystack):
+    depths = (0.0, 0.5, 1.0)
+    for needle in make_needles(tokenizer, haystack, 250, depths, 3, 6, 4, 0):
+        assert len(needle.prompt) + max(map(len, needle.codes)) == 250
+        text = tokenizer.decode(needle.prompt)
+        place = text[text.rindex("code of the") :].removeprefix("code of the ").removesuffix(" is")
+        told = re.findall(r"The secret code of the (\w+) is (\w+ \w+)\.", text)
+        assert len(dict(told)) == 4
+        assert dict(told)[place] == tokenizer.decode(needle.codes[0]).strip()
+        assert set(dict(told).values()) == {tokenizer.decode(code).strip() for code in needle.codes[:4]}
+        if needle.depth != 0.5:
+            assert [key for key, _ in told].index(place) == 3 * needle.depth
+
+
 def test_texts_depend_on_nothing_but_the_seed(tokenizer, haystack):
-    def make(seed=0, n=3, codes=4):
-        return make_needles(tokenizer, haystack, 150, (0.5,), n, codes, seed)
+    def make(seed=0, n=3, codes=4, facts=2):
+        return make_needles(tokenizer, haystack, 150, (0.5,), n, codes, facts, seed)
 
     assert make() == make()
     assert make(n=5)[:3] == make()
@@ -118,7 +135,7 @@ def test_codes_are_decoded_from_what_the_cache_holds(model, tokenizer, haystack)
     """Against token-by-token decoding of every code from a cache of its own."""
     layers = [cache_format("kivi", 2, 16)] * 4
     changed = 0
-    for needle in make_needles(tokenizer, haystack, 150, (0.1, 0.9), 2, 3, 0):
+    for needle in make_needles(tokenizer, haystack, 150, (0.1, 0.9), 2, 3, 1, 0):
         scores = []
         for code in needle.codes:
             cache = QuantizedCache(layers)
@@ -179,6 +196,8 @@ def test_standard_error_over_clusters():
         ({"depths": [0.5, 1.5]}, "eval.depths=1.5"),
         ({"depths": ["x"]}, "eval.depths=x"),
         ({"codes": 1}, "eval.codes=1"),
+        ({"facts": 0}, "eval.facts=0: must be an integer, 1 to 4"),
+        ({"facts": 5}, "eval.facts=5: must be an integer, 1 to 4"),
         ({"n": 0}, "eval.n=0"),
         ({"seed": -1}, "eval.seed=-1"),
         ({"path": "missing.txt"}, "eval.path=missing.txt"),
@@ -202,6 +221,6 @@ def test_lengths_that_cannot_be_are_refused_before_anything_loads(length, messag
 
 
 def test_options_are_part_of_the_key():
-    changes = {"depths": [0, 0.5], "n": 3, "codes": 5, "seed": 1, "lengths": [151], "corpora": ["pydoc"]}
+    changes = {"depths": [0, 0.5], "n": 3, "codes": 5, "facts": 1, "seed": 1, "lengths": [151], "corpora": ["pydoc"]}
     keys = {build({**OPTIONS, key: value}, "memory")[0].spec.key() for key, value in changes.items()}
-    assert len(keys | {build(OPTIONS, "memory")[0].spec.key()}) == 7
+    assert len(keys | {build(OPTIONS, "memory")[0].spec.key()}) == 8

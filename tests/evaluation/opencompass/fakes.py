@@ -87,9 +87,7 @@ class Fake:
             (packages / f"{path}.py").touch()
         program = folder / "bin" / "python"
         program.parent.mkdir()
-        program.write_text(
-            PROGRAM.format(python=sys.executable, behaviour=str(self.behaviour), calls=str(self.log))
-        )
+        program.write_text(PROGRAM.format(python=sys.executable, behaviour=str(self.behaviour), calls=str(self.log)))
         program.chmod(0o755)
         self.log.touch()
         self.environment = Environment(folder, {"opencompass": "0"})

@@ -96,9 +96,12 @@ def test_its_own_layout_is_read_where_it_is(tmp_path):
     (tmp_path / "data" / "piqa" / "dev.jsonl").write_text("{}")
     located = locate("piqa", ["data/piqa"], tmp_path)
     assert located.prepared(tmp_path / "scratch") == tmp_path
-    before = located.fingerprint()
-    (tmp_path / "data" / "piqa" / "dev-labels.lst").write_text("0")
-    assert located.fingerprint() != before
+    prints = {located.fingerprint()}
+    for name, text in [("dev-labels.lst", "0"), ("dev-labels.lst", "1"), ("dev.jsonl", "{ }"), ("inner/a", "1")]:
+        (tmp_path / "data" / "piqa" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / "piqa" / name).write_text(text)
+        prints.add(located.fingerprint())
+    assert len(prints) == 5
 
 
 def test_what_is_missing_is_named(folder, tmp_path, monkeypatch):

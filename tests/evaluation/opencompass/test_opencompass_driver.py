@@ -106,7 +106,9 @@ def test_a_failed_task_says_why_and_keeps_its_log(fake, task, tmp_path):
 
 
 def test_an_end_without_a_score_is_a_failure_too(fake, task, tmp_path):
-    fake.behave(log="all is well\n", files={"summary/summary_1.csv": "dataset,version,metric,mode,model\npiqa,1,-,-,-\n"})
+    fake.behave(
+        log="all is well\n", files={"summary/summary_1.csv": "dataset,version,metric,mode,model\npiqa,1,-,-,-\n"}
+    )
     with pytest.raises(TaskFailed, match="opencompass piqa: piqa has no results; log:") as raised:
         _score(task, tmp_path)
     assert raised.value.log_tail == "all is well"
@@ -143,7 +145,7 @@ def test_an_interrupt_ends_the_subprocess(fake, task, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 7, 10_000])
 def test_progress_counts_batches_of_all_labels_and_parts(step):
-    log = _log(labels=4, parts=2)
+    log = BAR.format(n=2, half=1) + _log(labels=4, parts=2)  # what comes before the first part is something else
     reports = []
     follower = Follower(dataset("race", RACE), lambda done, total: reports.append((done, total)))
     for start in range(0, len(log), step):

@@ -79,6 +79,7 @@ def test_it_is_installed_once_with_pinned_versions_on_top_of_this_one(pip):
     assert '"--no-deps"' in first
     for name in ("mmengine-lite==", "jieba==", "tree_sitter=="):
         assert name in second
+    assert f'"-c", "{made.folder / "constraints.txt"}"' in second
     constraints = (made.folder / "constraints.txt").read_text().split()
     assert constraints == [f"{name}=={metadata.version(name)}" for name in SHARED]
     assert [line for line in news if "Collecting" not in line] == [

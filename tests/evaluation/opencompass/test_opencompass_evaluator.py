@@ -130,7 +130,12 @@ def test_the_decoded_weights_are_scored(data, fake, tmp_path):
     (evaluation,) = build(data, limit=4)
     (found,) = evaluation.measure(subject, lambda done, total: None)
 
-    assert (found.evaluator, found.protocol, found.task, found.name) == ("opencompass", "ppl-1cf9f0", "piqa", "accuracy")
+    assert (found.evaluator, found.protocol, found.task, found.name) == (
+        "opencompass",
+        "ppl-1cf9f0",
+        "piqa",
+        "accuracy",
+    )
     assert (found.value, found.n, found.unit) == (0.75, 4, "fraction")
     assert found.stderr == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
     assert found.samples.tolist() == [1, 0, 1, 1]

@@ -12,11 +12,16 @@ from qbench.evaluation.opencompass.driver import TaskFailed
 from qbench.evaluation.opencompass.environment import find_environment
 from tests.evaluation.subjects import FakeContext, quantized
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_environment() is None, reason="OpenCompass is not installed"),
-]
+pytestmark = pytest.mark.slow
 WORDS = "the list returns a new value when function is called with an empty string or name of file".split()
+
+
+@pytest.fixture(autouse=True)
+def _wanted(request):
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("takes a minute: -m slow")
+    if find_environment() is None:
+        pytest.skip("OpenCompass is not installed")
 
 
 @pytest.fixture

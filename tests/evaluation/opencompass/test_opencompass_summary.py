@@ -47,9 +47,7 @@ def test_items_that_do_not_give_the_score_are_left_out(tmp_path):
 @pytest.mark.parametrize("key", ["correct", "is_correct", None])
 def test_generated_answers_count_by_flag_or_by_comparison(tmp_path, key):
     files = outputs({"gsm8k": FLAGS}, mode="gen")
-    details = [
-        {key: flag} if key else {"predictions": "4", "references": "4" if flag else "5"} for flag in FLAGS
-    ]
+    details = [{key: flag} if key else {"predictions": "4", "references": "4" if flag else "5"} for flag in FLAGS]
     files["results/model/gsm8k.json"] = json.dumps({"accuracy": 200 / 3, "details": details})
     _write(tmp_path, files)
     np.testing.assert_array_equal(read_scores(tmp_path, ["gsm8k"], "model")[0].samples, [1, 0, 1])
