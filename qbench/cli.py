@@ -134,6 +134,7 @@ def _show(database: Database, options: argparse.Namespace) -> int:
     metrics, layers = queries.metrics(database, [row.id]), queries.layer_metrics(database, row.id)
     artifacts = queries.artifacts(database, row.id)
     environment = queries.environment(database, row.environment_id)
+    failures = queries.failures(database, [row.id]).get(row.id, [])
     if options.json:
         _print_json(
             _run_json(row, metrics)
@@ -141,6 +142,7 @@ def _show(database: Database, options: argparse.Namespace) -> int:
                 "environment": asdict(environment),
                 "layer_metrics": [asdict(each) for each in layers],
                 "artifacts": [asdict(each) for each in artifacts],
+                "failures": [asdict(each) for each in failures],
             }
         )
         return 0
@@ -149,10 +151,12 @@ def _show(database: Database, options: argparse.Namespace) -> int:
     _section("spec", _flat(row.spec))
     _section("phases (s)", _flat(row.phases or {}))
     _section("metrics", {f"{each.name} {each.task} {each.protocol}": _measured(each) for each in metrics})
+    _section("failed measurements", {f"{each.task} {each.protocol}": each.message for each in failures})
     _section("artifacts", {each.path: f"{each.kind}, {each.bytes} bytes, {each.sha256}" for each in artifacts})
     _section(*_layer_summary(layers))
-    if row.error_trace:
-        _console().print(Text(f"\nerror trace\n{row.error_trace}", style="red"))
+    for trace in [row.error_trace, *(each.trace for each in failures)]:
+        if trace:
+            _console().print(Text(f"\nerror trace\n{trace}", style="red"))
     return 0
 
 

@@ -8,6 +8,9 @@ data, algorithm and number format becomes a row in a database.
   python -m qbench algo=gptq bits=3                one point (and full precision)
   python -m qbench ... dry_run=true                show the plan, run nothing
   qbench ls | qbench show <run>                    read the database
+  qbench compare <run> <run>                       which of two is better, and whether that can be said
+  qbench eval <run> eval=zeroshot                  measure finished runs again, with other evaluations
+  qbench doctor                                    what this machine has, and how to install what it lacks
 
 Keys are given as key=value; with -m a comma separates values to combine. Unknown keys are errors.
 
@@ -74,11 +77,18 @@ calib=c4-sample              calibration text: c4-sample, wikipedia-sample, code
                              technical-sample, multilingual-sample, tinystories-sample, pydoc;
                              or calib=text calib.path=<.txt, or .jsonl with "text">
 calib.n=16 calib.length=512 calib.sampler=random|sequential calib.seed=${seed}
-eval.corpora=[wikipedia-sample]   texts for perplexity; or eval.path=<.txt or .jsonl>
-eval.length=512              tokens per window (protocol window-<length>)
-eval.n=20                    number of windows; null: all
-eval.batch=null              windows per forward; null: about 1024 tokens
-eval.mode=prefill|decode     a window in one forward, or token by token through the (quantized) cache
+eval=perplexity              what is measured; several at once: eval=perplexity+zeroshot eval.zeroshot.limit=100
+  perplexity: eval.corpora=[wikipedia-sample] or eval.path=<.txt or .jsonl>, eval.length=512 (tokens per
+        window), eval.n=20 (windows; null: all), eval.batch=null, eval.mode=prefill|decode
+  decode: the same token by token through the (quantized) cache
+  wikitext2, ptb, c4, c4_new: the literature's definitions, from eval.path; eval.length=2048
+  rolling: lm-eval's word and byte perplexity; eval.length eval.n eval.detokenize=none|wikitext
+  zeroshot: eval.tasks=[piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande] or any of lm-eval's,
+        eval.limit=null eval.num_fewshot=null eval.data_dir=null (null: the hub)
+  fidelity: KL, agreement and continuations against full precision; eval.length=512 eval.n=20
+        eval.cache_gb=2 eval.greedy.n=16 eval.greedy.prompt=64 eval.greedy.tokens=64
+  needle: eval.lengths=[512,1024,2048] eval.depths=[0,0.25,0.5,0.75,1] eval.n=10
+  opencompass: eval.datasets=[piqa,...] eval.limit eval.data_dir; qbench doctor --install opencompass
 seed=0  device=auto|cpu|cuda  dtype=float32|bfloat16|float16
 source=memory|stream         stream: read the checkpoint block by block (models larger than memory)
 export=hf export.path=<folder>    write the decoded weights as a Hugging Face checkpoint

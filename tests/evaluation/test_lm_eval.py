@@ -9,7 +9,7 @@ import pytest
 
 from qbench.calibration.corpora import pydoc_split
 from qbench.errors import AssetError, EvaluationError, SpecError
-from qbench.evaluation.lm_eval import build, data, definitions
+from qbench.evaluation.lm_eval import build, data, definitions, harness
 from qbench.evaluation.lm_eval.scoring import score
 from qbench.formats import Block, Int, TensorFormat
 from qbench.formats.named import activation_format
@@ -225,6 +225,9 @@ def test_generation_with_examples_and_filters(items, subject):
 
 
 def test_examples_are_those_of_lm_eval(items, subject):
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    assert harness.FEWSHOT_SEED == DEFAULT_OTHER_SEED
     (evaluation,) = _build(items, ["arc_easy"], num_fewshot=3, limit=10)
     found = _measure(evaluation, subject)
     expected = _reference(evaluation, subject, limit=10)["results"]["arc_easy"]

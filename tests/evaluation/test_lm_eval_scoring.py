@@ -109,6 +109,20 @@ def test_what_choices_share_is_read_once():
     assert _tokens_read(model, one_token, share=False) == 40
 
 
+def test_a_context_may_end_inside_what_is_shared():
+    model = tiny_model("llama")[0]
+    text = list(range(3, 33))
+    pairs = [(text[:25], text[25:]), (text[:12], text[12:]), (text[:28], [90, 91]), (text[:12], [*text[12:20], 92])]
+    _same(score(model, pairs, max_length=60, share=True), _plain(model, pairs, 60))
+
+
+def test_a_short_common_beginning_does_not_break_up_a_long_one():
+    model = tiny_model("llama")[0]
+    start, more = list(range(3, 13)), list(range(20, 50))
+    pairs = [([*start, *more], [place, 60, 61]) for place in (70, 71, 72, 73)] + [([*start, *more[::-1]], [70, 60, 61])]
+    assert _tokens_read(model, pairs, share=True) == 39 + 4 * 3 + 42
+
+
 def test_sharing_never_reads_more():
     model = tiny_model("llama")[0]
     for seed in range(20):

@@ -63,7 +63,7 @@ class OpenCompass(Evaluation):
             with subject.quantized() as model, _without_bars():
                 model.save_pretrained(checkpoint)
                 parameter = next(model.parameters())
-                limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+                longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             subject.tokenizer.save_pretrained(checkpoint)
             task = Task(
                 environment=self.environment,
@@ -74,7 +74,7 @@ class OpenCompass(Evaluation):
                 data=self.located.prepared(scratch / "data-cache"),
                 limit=self.spec.n,
                 batch=subject.batch,
-                max_seq_len=limit,
+                max_seq_len=longest,
                 threads=torch.get_num_threads(),
             )
             scores = score(task, scratch, subject.cache_folder / "opencompass-logs", report)

@@ -112,7 +112,7 @@ def test_a_step_that_fails_shows_pips_last_lines_and_the_log(pip):
 
 def test_what_cannot_be_imported_does_not_count_and_is_made_anew(pip):
     pip("import")
-    with pytest.raises(AssetError, match="checking that it can be imported failed .*nothing_of_this_name"):
+    with pytest.raises(AssetError, match=r"checking that it can be imported failed .*nothing_of_this_name"):
         install()
     assert find_environment() is None
     left = environment_folder() / "left"

@@ -97,7 +97,7 @@ def test_what_a_checkpoint_cannot_say_is_refused_before_loading(data, tmp_path):
 
     (evaluation,) = build(data)
     evaluation.preflight(FakeContext(tmp_path))
-    with pytest.raises(SpecError, match="^eval=opencompass: .*cannot say inputs"):
+    with pytest.raises(SpecError, match=r"^eval=opencompass: .*cannot say inputs"):
         evaluation.preflight(RunTime(tmp_path))
 
 
@@ -108,7 +108,7 @@ def test_generation_needs_a_model_that_generates(data, tmp_path):
 
     (data / "data" / "lambada" / "test.jsonl").write_text("{}")
     (evaluation,) = build(data, datasets=["lambada"])
-    with pytest.raises(SpecError, match="eval.datasets=lambada: a model that generates; tiny does not"):
+    with pytest.raises(SpecError, match=r"eval\.datasets=lambada: a model that generates; tiny does not"):
         evaluation.preflight(FakeContext(tmp_path, skeleton=Mute()))
     build(data)[0].preflight(FakeContext(tmp_path, skeleton=Mute()))
 
@@ -141,6 +141,8 @@ def test_the_decoded_weights_are_scored(data, fake, tmp_path):
     assert found.samples.tolist() == [1, 0, 1, 1]
     assert found.spec_key == evaluation.spec.key()
 
+    (call,) = [each["request"] for each in fake.calls if each["arguments"][0] == "run"]
+    assert (call["limit"], call["model"]["max_seq_len"]) == (4, subject.model.config.max_position_embeddings)
     loaded = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(kept)("a b").input_ids == subject.tokenizer("a b").input_ids
     ids = torch.arange(20)[None]

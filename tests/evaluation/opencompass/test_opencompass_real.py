@@ -1,6 +1,8 @@
 """The real OpenCompass, where it is installed (`qbench doctor --install opencompass`): opt in with -m slow."""
 
 import json
+import re
+import string
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from qbench.evaluation.opencompass.environment import find_environment
 from tests.evaluation.subjects import FakeContext, quantized
 
 pytestmark = pytest.mark.slow
-WORDS = "the list returns a new value when function is called with an empty string or name of file".split()
+WORDS = ("the", "list", "returns", "a", "new", "value", "when", "function", "is", "called", "with", "an", "empty")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,29 @@ def test_piqa_is_the_lower_of_two_perplexities(data, tmp_path):
     assert found.value == pytest.approx(np.mean(wanted))
     assert found.n == 9
     assert reports[-1] == (4, 4)  # two labels, two batches each
+
+
+def test_generation_continues_padded_prompts_as_single_ones(tmp_path):
+    subject = quantized(tmp_path, 4)
+    rng = np.random.default_rng(1)
+    prompts = [" ".join(rng.choice(WORDS, size=size)) for size in (3, 40, 9, 21, 14, 5)]
+
+    def first_word(prompt):
+        ids = subject.tokenizer(f"Please complete the following sentence:\n{prompt}", return_tensors="pt").input_ids
+        with subject.quantized() as model:
+            made = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        text = subject.tokenizer.decode(made, skip_special_tokens=True).strip().split(" ")[0]
+        return re.split(f"[{string.punctuation}]", text)[0]
+
+    labels = [first_word(prompt) if place % 3 else "zzz" for place, prompt in enumerate(prompts)]
+    file = tmp_path / "own" / "data" / "lambada" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [{"prompt": prompt, "label": label} for prompt, label in zip(prompts, labels, strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (evaluation,) = build(tmp_path / "own", "lambada")
+    (found,) = evaluation.measure(subject, lambda done, total: None)
+    assert (found.protocol, found.n) == ("gen-217e11", 6)
+    assert found.value == pytest.approx(4 / 6)
 
 
 def test_the_log_of_a_broken_dataset_is_shown(data, tmp_path):
