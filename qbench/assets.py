@@ -287,7 +287,7 @@ def _download(file: WheelFile, scratch: Path) -> Path:
     log, growing = scratch / "pip.log", scratch / "growing"
     growing.mkdir()
     options = "download --no-deps --only-binary=:all: --no-input --disable-pip-version-check -q --retries 2"
-    command = [*_pip_command(), *options.split(), "-d", str(scratch), file.requirement]
+    command = [*pip_command(), *options.split(), "-d", str(scratch), file.requirement]
     with log.open("wb") as output, progress(f"Downloading {file.requirement}", file.wheel_bytes) as show:
         # pip writes into its temporary folder first: there the download can be seen growing.
         environment = {**os.environ, "TMPDIR": str(growing)}
@@ -316,7 +316,7 @@ def _download(file: WheelFile, scratch: Path) -> Path:
     )
 
 
-def _pip_command() -> list[str]:
+def pip_command() -> list[str]:
     """How to run pip: this environment's, else the one bundled with Python, else the one on PATH."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

@@ -156,7 +156,7 @@ def _optional() -> Iterator[Finding]:
             yield Finding(package, "ok", f"{metadata.version(package)}, for {serves}")
     found = opencompass.find_environment()
     if found is None:
-        about = f"for eval=opencompass, in an environment of its own ({opencompass.VERSION}, about 0.5 GB)"
+        about = f"for eval=opencompass, in an environment of its own ({opencompass.VERSION}, up to 0.9 GB)"
         yield Finding("opencompass", "missing", about, opencompass.COMMAND)
     else:
         yield Finding("opencompass", "ok", f"{found.versions['opencompass']}, for eval=opencompass, in {found.folder}")

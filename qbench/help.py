@@ -29,7 +29,7 @@ algo=gptq                    the algorithm, or several in a row: algo=quarot+awq
   hqq:  algo.iterations=20 algo.beta=10 algo.kappa=1.01 algo.p=0.7 algo.round_zero=auto
   adadim: algo.solver=rtn|gptq algo.damp=0.01
   mse_clip: algo.norm=2.4 algo.grid=100 algo.max_shrink=0.8;  percentile_clip: algo.percentile=99.9
-  magr: algo.alpha=1e-3 algo.alpha_group=1e-4 algo.iterations=200, and gptq's
+  magr: algo.alpha=1e-3 algo.alpha_group=1e-4 algo.iterations=200 algo.beta=null, and gptq's
   smoothquant: algo.alpha=0.5 algo.all_folds=false algo.search=false algo.n_grid=20 algo.search_tokens=1024
   osplus: algo.shift=true algo.all_folds=false algo.n_grid=100 algo.smallest_threshold=1
         algo.search_tokens=512

@@ -97,7 +97,7 @@ _KNOWN = (
     _higher("exact_match", "exact match", "exact match", headline=True),
     _higher("f1", "F1", "F1 score", headline=True),
     _higher("mcc", "MCC", "Matthews correlation"),
-    _higher("accuracy", "accuracy", "accuracy", unit="%", headline=True),
+    _higher("accuracy", "accuracy", "accuracy", headline=True),
     _higher("score", "score", "score", headline=True),
     _higher("likelihood", "likelihood", "likelihood of the answer"),
     _higher("bleu", "BLEU", "BLEU"),

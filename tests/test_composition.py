@@ -80,7 +80,7 @@ def test_options_are_set_by_part():
 
 def test_options_of_what_gave_way_are_gone():
     node = composed("magr+gptq", conf_dir() / "algo")
-    assert list(node["magr"]) == ["alpha", "alpha_group", "iterations"]
+    assert list(node["magr"]) == ["alpha", "alpha_group", "iterations", "beta"]
     assert "damp" in node["gptq"]
 
 

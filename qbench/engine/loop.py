@@ -262,7 +262,7 @@ class _Work:
         started = time.perf_counter()
         if stage.kind == Kind.ROUND:
             self.metrics += layer_metrics(self.block, groups, outcome, self.observations.statistics, spent)
-        self._install(outcome)
+        self._install(stage, outcome)
         if outcome.parameters and (stage.kind == Kind.TRANSFORM or stage.transforms):
             self._transformed(stage, outcome)
         elif outcome.parameters and stage.kind < Kind.ROUND and self.probe is not None:  # a change that is meant
@@ -306,7 +306,7 @@ class _Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         return spent
 
-    def _install(self, outcome: Outcome) -> None:
+    def _install(self, stage: Stage, outcome: Outcome) -> None:
         for path, value in outcome.parameters.items():
             self.block.get_parameter(path).data.copy_(value)
         groups = {group.index: group for group in self.structure.groups}
@@ -319,7 +319,8 @@ class _Work:
         refs = {ref.name: ref for group in self.structure.groups for ref in group.weights}
         for name, codes in outcome.codes.items():
             refs[name].write(self.block, codes.dequantize())
-        self.ranges |= outcome.ranges
+        if self.recipe.pipeline.keeps_ranges(stage):
+            self.ranges |= outcome.ranges
         self.codes |= outcome.codes
         self.metrics += outcome.metrics
 

@@ -120,30 +120,29 @@ def make_needles(
 def find_needle(model: nn.Module, needle: Needle, cache: Cache) -> tuple[bool, bool]:
     """Whether the right code is likelier than all others, and whether it is what greedy decoding gives.
 
-    The prompt goes through an empty cache in one forward; the codes, and the greedy answer beside them, are then
-    decoded together, a token per forward, each from its own copy of the cache.
+    The prompt goes through an empty cache in one forward; the codes are then decoded together, a token per forward,
+    each from its own copy of the cache. Greedy decoding gives the right code if each of its tokens is the likeliest
+    after those before it.
     """
     device = next(model.parameters()).device
     prompt = torch.tensor([needle.prompt], device=device)
     logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last_only(model)).logits[:, -1]
     rows, longest = len(needle.codes), max(map(len, needle.codes))
-    right = needle.codes[0]
     # Shorter codes are filled up with token 0, which nothing that counts is predicted from.
     tokens = torch.tensor([[*code, *[0] * (longest - len(code))] for code in needle.codes], device=device)
-    counts = torch.tensor([[place < len(code) for place in range(longest)] for code in needle.codes], device=device)
-    cache.batch_repeat_interleave(rows + 1)
-    logits = logits.expand(rows + 1, -1)
-    score = torch.zeros(rows, dtype=torch.float64, device=device)
-    greedy: list[int] = []
+    lengths = torch.tensor([len(code) for code in needle.codes], device=device)
+    cache.batch_repeat_interleave(rows)
+    logits = logits.expand(rows, -1)
+    score, likeliest = torch.zeros(rows, dtype=torch.float64, device=device), True
     for place in range(longest):
-        step = logits.float().log_softmax(-1).double()
-        score += torch.where(counts[:, place], step[:rows].gather(1, tokens[:, place : place + 1])[:, 0], 0)
-        best = step[rows].argmax()
-        greedy.append(int(best))
+        own = tokens[:, place : place + 1]
+        logp = logits.float().log_softmax(-1)
+        score += torch.where(place < lengths, logp.gather(1, own)[:, 0].double(), 0)
+        if place < lengths[0]:
+            likeliest &= bool(logits[0].argmax() == own[0])
         if place + 1 < longest:
-            following = torch.cat([tokens[:, place], best[None]])[:, None]
-            logits = model(input_ids=following, past_key_values=cache, use_cache=True).logits[:, -1]
-    return bool((score[0] > score[1:]).all()), tuple(greedy[: len(right)]) == right
+            logits = model(input_ids=own, past_key_values=cache, use_cache=True).logits[:, -1]
+    return bool((score[0] > score[1:]).all()), likeliest
 
 
 def needle_measurements(

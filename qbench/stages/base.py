@@ -201,6 +201,9 @@ class Stage(ABC):
     def check(self, formats: frozenset[TensorFormat]) -> None:  # noqa: B027 - many stages accept everything
         """Raises SpecError for options or formats that the stage cannot serve; called before any weights load."""
 
+    def check_later(self, later: Sequence[Stage]) -> None:  # noqa: B027 - most stages do not care
+        """Raises SpecError for options that the stages behind it leave without effect; called before `check`."""
+
     def check_scheme(self, scheme: Scheme) -> None:  # noqa: B027 - most stages look at weights only
         """Raises SpecError for formats of inputs or cache that the stage cannot serve; called right after `check`."""
 

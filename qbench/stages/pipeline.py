@@ -121,6 +121,11 @@ class Pipeline:
         """Whether a stage moves scales through folds."""
         return any(stage.transforms or stage.kind == Kind.TRANSFORM for stage in self.stages)
 
+    def keeps_ranges(self, stage: Stage) -> bool:
+        """Whether every stage behind `stage` looks at the ranges that it chose; otherwise a later one chooses its own,
+        for all weights."""
+        return all(later.uses_ranges for later in self.stages[self.stages.index(stage) + 1 :])
+
     @property
     def uses_random(self) -> bool:
         return any(stage.uses_random for stage in self.stages)
@@ -131,8 +136,9 @@ class Pipeline:
         idle = [stage.name for stage in self.stages if stage.kind != Kind.ROTATE and stage.name != "rtn"]
         if not formats and idle:
             raise SpecError("format", "none", f"a weight format: {names} has nothing to do without one (algo=rtn can)")
-        for stage, part in zip_longest(self.stages, self.parts):
+        for place, (stage, part) in enumerate(zip_longest(self.stages, self.parts)):
             with _named(part):
+                stage.check_later(self.stages[place + 1 :])
                 stage.check(formats)
                 if scheme is not None:
                     stage.check_scheme(scheme)

@@ -36,6 +36,7 @@ OTHER: dict[tuple[str, str], object] = {
     ("hqq", "kappa"): 3.0,
     ("magr", "alpha"): 0.1,
     ("magr", "alpha_group"): 0.1,
+    ("magr", "beta"): 0.7,
     ("mse_clip", "max_shrink"): 0.05,
     ("normtweaking", "distance"): "mse",
     ("normtweaking", "lr_scale"): 5.0,
@@ -61,6 +62,7 @@ WITH: dict[tuple[str, str], dict[str, object]] = {
 }
 SCHEME: dict[tuple[str, str], Scheme] = {
     ("magr", "alpha"): PER_CHANNEL,
+    ("magr", "beta"): PER_CHANNEL,
 }
 
 

@@ -86,6 +86,12 @@ def test_full_precision_never_diverges_from_itself(tmp_path, model):
     assert len(steps) == 20  # full precision came from the cache
 
 
+def test_continuations_of_other_lengths_are_not_taken_from_the_cache(tmp_path, model):
+    for count in (8, 11):
+        _, only = build({**OPTIONS, "greedy": {**GREEDY, "tokens": count}}, "memory")
+        assert only.measure(full_precision(tmp_path, model), lambda done, total: None)[0].value == count
+
+
 def test_fewer_bits_leave_the_path_earlier(tmp_path, model):
     _, only = build({**OPTIONS, "n": 12, "length": 64, "greedy": {"n": 12, "prompt": 40, "tokens": 24}}, "memory")
     found = []

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from qbench.calibration.documents import document_windows
 from qbench.errors import AssetError, SpecError
 from qbench.evaluation import literature, perplexity
 from qbench.evaluation.literature import DocumentPerplexity, build, literature_text
@@ -75,6 +76,8 @@ def test_c4_takes_windows_of_single_documents(tmp_path, model):
     tokenized = [subject.tokenizer(row)["input_ids"] for row in rows]
     for window in windows.tolist():
         assert any(window == ids[at : at + 16] for ids in tokenized for at in range(len(ids)))
+    expected, _ = document_windows(rows, lambda text: subject.tokenizer(text)["input_ids"], 16, 7, 0)
+    assert torch.equal(windows, expected)
     (found,) = only.measure(subject, lambda done, total: None)
     assert found.samples == pytest.approx(window_nll(model, windows).numpy(), rel=1e-6)
     assert build({**options, "n": None}, "memory")[0].spec.n == 256

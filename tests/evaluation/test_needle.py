@@ -157,6 +157,20 @@ def _score(model, needle, code):
     return logp.gather(1, torch.tensor(code)[:, None]).sum().item()
 
 
+def test_a_tie_is_not_found(model):
+    twins = Needle(prompt=(5, 6, 7), codes=((8, 9), (8, 9)), depth=0.5, number=0)
+    assert find_needle(model, twins, DynamicCache())[0] is False
+
+
+def test_needles_go_through_the_quantized_cache(tmp_path, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr("qbench.evaluation.needle.find_needle", lambda m, n, cache: seen.append(cache) or (True, True))
+    (only,) = build({**OPTIONS, "lengths": [150]}, "memory")
+    only.measure(quantized(tmp_path, 4, cache=cache_format("kivi", 2, 16), model=model), lambda done, total: None)
+    assert {type(cache) for cache in seen} == {QuantizedCache}
+    assert len(set(map(id, seen))) == 6  # an empty one each
+
+
 def test_shares_are_clustered_by_text(tmp_path, model):
     first, second = build(OPTIONS, "memory")
     assert (first.spec.protocol, second.spec.protocol) == ("needle-150", "needle-200")

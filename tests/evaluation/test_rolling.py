@@ -89,6 +89,24 @@ def test_losses_are_those_of_lm_evals_own_model(batch, model, tokenizer):
     assert steps[-1] == (7, 7)
 
 
+def test_special_tokens_are_not_added_to_a_text_that_begins_with_one():
+    class Marking:
+        bos_token_id, eos_token_id = 1, 2
+
+        def decode(self, token):
+            return {1: "<s>", 2: "</s>"}[token]
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return {"input_ids": [*([1] if add_special_tokens else []), *text.encode()]}
+
+    assert encode(Marking(), "a") == [1, 97]
+    assert encode(Marking(), "<s>a") == list(b"<s>a")
+    assert prefix_token(Marking()) == 1
+    Marking.bos_token_id = None
+    assert prefix_token(Marking()) == 2
+    assert encode(Marking(), "<s>a") == [1, *b"<s>a"]
+
+
 def test_numbers_are_those_of_lm_evals_wikitext_task(model, tokenizer, tmp_path):
     """Its document processing, its metrics and its aggregation, on our losses; then the whole evaluation."""
     from lm_eval.api.instance import Instance

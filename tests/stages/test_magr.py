@@ -1,6 +1,7 @@
 """MagR: its proximal step against a sort, its objective, its limits, and its place in a pipeline."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,8 @@ from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
 from qbench.engine.source import MemorySource
 from qbench.errors import NumericsError, SpecError
-from qbench.formats import Block, Float, TensorFormat, fake_quantize, uniform
+from qbench.formats import Block, Float, RangeFit, TensorFormat, fake_quantize, uniform
+from qbench.formats.named import COMPOSITE
 from qbench.formats.scheme import Override, Scheme
 from qbench.stages.base import BlockView, Kind
 from qbench.stages.pipeline import build_pipeline
@@ -23,6 +25,7 @@ from tests.stages.references import correlated_inputs, output_error, second_mome
 
 GROUPS = uniform(bits=3, group_size=8, symmetric=False)
 ROWS = uniform(bits=3, group_size=-1, symmetric=False)
+MSE = replace(ROWS, range=RangeFit(method="mse"))
 FORMATS = {
     "groups": GROUPS,
     "rows": ROWS,
@@ -295,6 +298,13 @@ REFUSED = [
     ({"alpha_group": 11.0}, {GROUPS}, "algo.alpha_group=11.0"),
     ({"alpha": 0.01}, {GROUPS}, "algo.alpha=0.01: with scales per channel or tensor; groups have algo.alpha_group"),
     ({"alpha_group": 0.01}, {ROWS}, "algo.alpha_group=0.01: with groups"),
+    ({"beta": 0}, {ROWS}, "algo.beta=0.0: null (authors: 0.8 at 2 bits"),
+    ({"beta": -0.5}, {ROWS}, "algo.beta=-0.5"),
+    ({"beta": 1.01}, {ROWS}, "algo.beta=1.01"),
+    ({"beta": math.nan}, {ROWS}, "algo.beta=nan"),
+    ({"beta": 0.9}, {ROWS, MSE}, "algo.beta=0.9: null or 1 with range.method=mse"),
+    ({"beta": 0.9}, {replace(ROWS, zero="float")}, "algo.beta=0.9: null or 1 with zero_point=float"),
+    ({"beta": 0.9}, {COMPOSITE["mxfp4"]}, "algo.beta=0.9: null or 1 with mxfp4, whose standard"),
 ]
 
 
@@ -306,12 +316,14 @@ def test_options_out_of_range_or_without_effect_are_refused(options, formats, ex
     assert "\n" not in str(refused.value)
 
 
-def test_each_penalty_is_accepted_where_it_has_an_effect():
+def test_options_are_accepted_where_they_have_an_effect():
     for options, formats in (
         ({}, {GROUPS}),
         ({}, {ROWS}),
         ({"alpha": 0.0}, {ROWS}),
         ({"alpha": 0.01, "alpha_group": 0.01}, {ROWS, GROUPS}),
         ({"alpha": PER_CHANNEL, "alpha_group": PER_GROUP}, {GROUPS}),
+        ({"beta": 0.9}, {ROWS, GROUPS}),
+        *(({"beta": beta}, {ROWS, MSE, replace(ROWS, zero="float"), COMPOSITE["mxfp4"]}) for beta in (None, 1)),
     ):
         build_pipeline([{"stage": "magr", **options}, {"stage": "rtn"}]).check(frozenset(formats))

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qbench.assets import file_sha256
 from qbench.errors import EvaluationError, SpecError
 from qbench.evaluation.opencompass.environment import INSIDE, Environment, clean_environ, tail
 
@@ -39,7 +40,6 @@ KNOWN = {
     "math": "math_gen_a58d9d",
     "bbh": "bbh_gen_ee62e9",
     "drop": "drop_openai_simple_evals_gen_3857b0",
-    "humaneval": "humaneval_openai_sample_evals_gen_dcae0e",
     "mbpp": "mbpp_gen_830460",
     "nq": "nq_gen_3dcea1",
     "triviaqa": "triviaqa_gen_2121ce",
@@ -130,7 +130,7 @@ class Catalog:
         return f"no dataset of OpenCompass; {hint}; or the name of one of its files in configs/datasets"
 
     def _described(self, modules: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        folder = self.environment.folder / "described"
+        folder = self.environment.folder / f"described-{file_sha256(INSIDE)[:12]}"  # by what describes
         folder.mkdir(exist_ok=True)
         if unknown := [module for module in modules if not (folder / f"{module}.json").exists()]:
             answer = ask(self.environment, unknown)

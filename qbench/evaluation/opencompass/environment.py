@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from qbench.assets import _pip_command, cache_dir, only_one_process
+from qbench.assets import pip_command, cache_dir, only_one_process
 from qbench.errors import AssetError
 from qbench.spec import digest
 
@@ -123,7 +123,7 @@ def install(show: Callable[[str], None] = lambda line: None) -> Environment:
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join(f"{name}=={metadata.version(name)}" for name in SHARED) + "\n")
         pip = [
-            *_pip_command(),
+            *pip_command(),
             "--python",
             str(_python(folder)),
             "install",

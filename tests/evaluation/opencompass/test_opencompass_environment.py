@@ -56,7 +56,7 @@ def pip(tmp_path, monkeypatch):
     def use(broken=""):
         script = tmp_path / "pip.py"
         script.write_text(PIP.format(calls=str(calls), broken=broken))
-        monkeypatch.setattr(environment, "_pip_command", lambda: [sys.executable, str(script)])
+        monkeypatch.setattr(environment, "pip_command", lambda: [sys.executable, str(script)])
         return calls
 
     return use
