@@ -55,7 +55,7 @@ def check_context(point: Point, skeleton: PreTrainedModel) -> None:
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:  # positions are not bounded (ALiBi)
         return
-    lengths = [("eval.length", e.spec.length) for e in point.evaluations if e.spec.length is not None]
+    lengths = [(e.length_option, e.spec.length) for e in point.evaluations if e.spec.length is not None]
     if point.spec.calibration is not None:
         lengths.append(("calib.length", point.spec.calibration.length))
     for option, length in lengths:

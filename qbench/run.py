@@ -256,7 +256,7 @@ class _Job:
             for evaluation, tokens, stream in zip(evaluations, windows, result.evaluations, strict=True):
                 named = partial(progress, f"evaluate {evaluation.spec.task}")
                 nll = stream_nll(self.source, stream, tokens, named, result.weights.head)
-                measurements += self._guarded(evaluation, partial(evaluation.measurements, nll))
+                measurements += self._guarded(evaluation, partial(evaluation.measurements, nll, context))
         with self.phases("export"):
             artifacts = [export.close(result.weights.head)] if export is not None else []
         return result.ledger, measurements, artifacts

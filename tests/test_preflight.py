@@ -33,7 +33,9 @@ RTN = [{"stage": "rtn"}]
 
 def _check_model(model, scheme, lengths=(8,), calibration=None, pipeline=RTN):
     spec = SimpleNamespace(calibration=calibration and SimpleNamespace(length=calibration), scheme=scheme)
-    evaluations = tuple(SimpleNamespace(spec=SimpleNamespace(length=length)) for length in lengths)
+    evaluations = tuple(
+        SimpleNamespace(spec=SimpleNamespace(length=length), length_option="eval.length") for length in lengths
+    )
     point = SimpleNamespace(
         scheme=scheme,
         evaluations=evaluations,

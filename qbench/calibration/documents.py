@@ -116,15 +116,19 @@ def window_documents(offsets: Sequence[int] | Tensor, starts: Sequence[int], len
     return np.array([bisect_right(starts, int(offsets[place * length])) - 1 for place in range(n)], dtype=np.int64)
 
 
-def window_clusters(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, n: int) -> np.ndarray | None:
+def window_clusters(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, n: int, separator: str = SEPARATOR
+) -> np.ndarray | None:
     """For the first `n` windows of `length` tokens of a text, the document in which each begins, int64 [n].
+
+    `separator` is what stands between the rows in the text.
 
     None where nothing is known of documents or all windows begin in the same: texts that are no `.jsonl` file, and
     tokenizers that cannot say where their tokens come from.
     """
     if corpus.path is None or corpus.path.suffix != ".jsonl" or not tokenizer.is_fast:
         return None
-    starts = document_starts(read_rows(corpus.path, "eval.path"))
+    starts = document_starts(read_rows(corpus.path, "eval.path"), separator)
     offsets = tokenizer(corpus.text(), verbose=False, return_offsets_mapping=True)["offset_mapping"]
     found = window_documents([first for first, _ in offsets], starts, length, n)
     return found if len(set(found.tolist())) > 1 else None

@@ -122,6 +122,9 @@ class Evaluation(ABC):
     #: Whether a model that is read block by block (source=stream) can be measured: then it is a `WindowEvaluation`.
     streams: ClassVar[bool] = False
 
+    #: The option that `spec.length` comes from, for messages.
+    length_option: ClassVar[str] = "eval.length"
+
     spec: EvaluationSpec
     #: Items per forward; None: the evaluator chooses. Not part of the identity.
     batch: int | None = field(default=None, compare=False)
@@ -145,5 +148,5 @@ class WindowEvaluation(Evaluation):
         """Token windows int64 [n, length]."""
 
     @abstractmethod
-    def measurements(self, nll: Tensor) -> list[Measurement]:
+    def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
         """The numbers from the windows' mean losses in nats, float64 [n]."""

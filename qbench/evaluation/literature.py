@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from qbench.calibration.corpora import Corpus, text_fingerprint
-from qbench.calibration.documents import document_windows, join, read_rows
+from qbench.calibration.documents import SEPARATOR, document_windows, join, read_rows
 from qbench.checks import choice, integer
 from qbench.errors import SpecError
 from qbench.evaluation.base import Context, Evaluation, Report, Subject, WindowEvaluation
@@ -37,15 +37,16 @@ DEFINITIONS = ("wikitext2", "ptb", "c4", "c4_new")
 #: Rows and windows of C4 that are read.
 C4_ROWS, C4_WINDOWS, C4_SEED = 1100, 256, 0
 
+#: Between the rows of PTB, and of C4.
+SPACE = " "
+
 
 def literature_text(definition: str, rows: list[str], *, raw_lines: bool) -> str:
     """The text of `wikitext2`, `ptb` or `c4_new` from the rows of its file. `raw_lines`: the rows are lines of a text
     file; the published rows of WikiText keep their line ends, and blank lines are empty rows."""
     if definition == "wikitext2":
         return join((row + "\n" if row.strip() else "" for row in rows) if raw_lines else rows)
-    if definition == "ptb":
-        return join(rows, " ")
-    return join(rows[:C4_ROWS], " ")
+    return join(rows if definition == "ptb" else rows[:C4_ROWS], SPACE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,10 @@ class DocumentPerplexity(WindowEvaluation):
     def measure(self, subject: Subject, report: Report) -> list[Measurement]:
         windows = self.windows(subject.context)
         with subject.quantized() as model:
-            return self.measurements(window_nll(model, windows, self.batch, report))
+            return self.measurements(window_nll(model, windows, self.batch, report), subject.context)
 
-    def measurements(self, nll: Tensor) -> list[Measurement]:
-        return [perplexity(nll, self.spec)]
+    def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
+        return [perplexity(nll, self.spec, self._drawn(context)[1])]
 
 
 def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
@@ -94,7 +95,8 @@ def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:
     read: Callable[[], str] = partial(_text, definition, path)
     fingerprint = text_fingerprint(read())
     corpus = Corpus(name=definition, path=path, fingerprint=fingerprint, served_by="local path", _read=read)
-    return (WindowPerplexity(spec=spec(fingerprint=fingerprint, n=n), corpus=corpus),)
+    between = SEPARATOR if definition == "wikitext2" else SPACE
+    return (WindowPerplexity(spec=spec(fingerprint=fingerprint, n=n), corpus=corpus, separator=between),)
 
 
 def _text(definition: str, path: Path) -> str:

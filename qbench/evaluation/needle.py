@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -158,6 +158,8 @@ def needle_measurements(
 @dataclass(frozen=True, kw_only=True)
 class NeedleInContext(Evaluation):
     """Needles in texts of one length."""
+
+    length_option: ClassVar[str] = "eval.lengths"
 
     corpus: Corpus
     depths: tuple[float, ...]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.calibration.corpora import Corpus, resolve_corpus
+from qbench.calibration.documents import SEPARATOR, window_clusters
 from qbench.calibration.samplers import evaluation_windows
 from qbench.checks import choice, integer
 from qbench.engine.sinks import with_head
@@ -25,6 +26,7 @@ from qbench.engine.source import Source
 from qbench.engine.streams import Stream
 from qbench.errors import EvaluationError, SpecError
 from qbench.evaluation.base import Context, Evaluation, Report, Subject, WindowEvaluation
+from qbench.evaluation.recorder import Recorder
 from qbench.spec import EvaluationSpec
 from qbench.store.records import Measurement
 from qbench.structure.blocks import finish
@@ -73,8 +75,11 @@ def stream_nll(
     return torch.cat(values)
 
 
-def perplexity(nll: Tensor, spec: EvaluationSpec) -> Measurement:
-    """Perplexity of per-window NLLs [n], with its standard error by the delta method (none for a single window)."""
+def perplexity(nll: Tensor, spec: EvaluationSpec, clusters: np.ndarray | None = None) -> Measurement:
+    """Perplexity of per-window NLLs [n], with its standard error by the delta method (none for a single window).
+
+    `clusters`, int64 [n]: the windows' documents, within which they do not count as independent.
+    """
     if not torch.isfinite(nll).all():
         bad = int((~torch.isfinite(nll)).nonzero()[0])
         raise EvaluationError(f"{spec.task} ({spec.protocol}): the loss of window {bad} is {nll[bad].item()}")
@@ -83,19 +88,9 @@ def perplexity(nll: Tensor, spec: EvaluationSpec) -> Measurement:
     if mean > math.log(np.finfo(np.float64).max):
         raise EvaluationError(f"{spec.task} ({spec.protocol}): perplexity exp({mean:.4g}) overflows")
     value = math.exp(mean)
-    stderr = value * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Measurement(
-        evaluator=spec.evaluator,
-        protocol=spec.protocol,
-        task=spec.task,
-        name="ppl",
-        value=value,
-        stderr=stderr,
-        n=len(values),
-        unit="ppl",
-        spec_key=spec.key(),
-        samples=values,
-    )
+    record = Recorder(spec, len(values), clusters)
+    stderr = record.stderr(values)
+    return record("ppl", "ppl", value, None if stderr is None else value * stderr, values)
 
 
 def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -112,6 +107,7 @@ class WindowPerplexity(WindowEvaluation):
     """Perplexity of a text's first windows, each read in one forward."""
 
     corpus: Corpus
+    separator: str = SEPARATOR
 
     def preflight(self, context: Context) -> None:
         self.windows(context)
@@ -122,10 +118,11 @@ class WindowPerplexity(WindowEvaluation):
     def measure(self, subject: Subject, report: Report) -> list[Measurement]:
         windows = self.windows(subject.context)
         with subject.quantized() as model:
-            return self.measurements(window_nll(model, windows, self.batch, report))
+            return self.measurements(window_nll(model, windows, self.batch, report), subject.context)
 
-    def measurements(self, nll: Tensor) -> list[Measurement]:
-        return [perplexity(nll, self.spec)]
+    def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
+        clusters = window_clusters(context.tokenizer(), self.corpus, self.spec.length, len(nll), self.separator)
+        return [perplexity(nll, self.spec, clusters)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +143,9 @@ class DecodePerplexity(Evaluation):
         windows = self._windows(subject.context)
         formats, params = subject.weights.caches(subject.model.config.get_text_config().num_hidden_layers)
         with subject.weights.inside(subject.model, cache=False) as model:
-            return [perplexity(decode_nll(model, windows, formats, params, self.batch, report), self.spec)]
+            nll = decode_nll(model, windows, formats, params, self.batch, report)
+        clusters = window_clusters(subject.tokenizer, self.corpus, self.spec.length, len(windows))
+        return [perplexity(nll, self.spec, clusters)]
 
 
 def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:

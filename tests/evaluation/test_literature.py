@@ -4,6 +4,7 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,20 @@ def test_streams_can_be_measured(tmp_path):
 def test_bad_options_are_refused_in_one_line(change, error, message):
     with pytest.raises(error, match=re.escape(message)):
         build({**OPTIONS, **change}, "memory")
+
+
+def test_windows_of_one_document_are_one_cluster(tmp_path, model):
+    """The standard error of a text with documents counts them, whatever stands between them."""
+    rows = [f"Row {number} says that {number} follows {number - 1}, as it always has. " * 6 for number in range(1, 9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"sentence": row, "text": row}) + "\n" for row in rows))
+    options = {"path": str(path), "length": 16, "n": None, "batch": None}
+    for name in ("wikitext2", "ptb"):
+        (evaluation,) = build({**options, "name": name, "definition": name}, "memory")
+        (found,) = evaluation.measure(full_precision(tmp_path, model), lambda done, total: None)
+        groups = np.unique(found.clusters)
+        assert len(groups) == len(rows)
+        assert (np.diff(found.clusters) >= 0).all()
+        sums = np.array([(found.samples - found.samples.mean())[found.clusters == each].sum() for each in groups])
+        expected = np.sqrt((sums**2).sum() * len(groups) / (len(groups) - 1)) / found.n
+        assert found.stderr == pytest.approx(found.value * expected)

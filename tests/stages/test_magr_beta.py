@@ -90,7 +90,7 @@ def test_every_weight_gets_the_factor_of_its_own_format():
     assert not Magr(iterations=2, beta=1.0).apply(view).ranges
 
 
-@pytest.mark.parametrize("rounds", ["rtn", "gptq", "adadim", "autoround"])
+@pytest.mark.parametrize("rounds", ["rtn", "gptq", "autoround"])
 @pytest.mark.parametrize(("bits", "beta", "share"), [(2, None, 0.8), (3, None, 0.9), (4, None, 1.0), (4, 0.85, 0.85)])
 def test_what_rounds_gets_the_same_as_with_a_shared_shrink_of_the_format(rounds, bits, beta, share):
     fmt = uniform(bits, -1, False)
