@@ -18,7 +18,7 @@ _WORDS: Mapping[str, Callable[[Any], str]] = {
     "calib": lambda name: f"calib {name}",
     "calib_n": lambda n: f"n {n}",
     "calib_length": lambda length: f"length {length}",
-    "calib_seed": lambda seed: f"seed {seed}",
+    "calib_seed": lambda seed: f"calib seed {seed}",
     "dtype": str,
     "device": str,
     "source": lambda name: f"source {name}",

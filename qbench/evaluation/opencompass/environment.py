@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from qbench.assets import pip_command, cache_dir, only_one_process
+from qbench.assets import cache_dir, only_one_process, pip_command
 from qbench.errors import AssetError
 from qbench.spec import digest
 
