@@ -19,18 +19,23 @@ from tests.stages.test_magr import _view
 
 ROWS = uniform(bits=3, group_size=-1, symmetric=False)
 SHARED_GRID = TensorFormat(element=uniform(2, 0, False).element, block=Block(0, 0), zero="float")  # of QuIP's authors
-QUICK = {"omniquant": {"epochs": 1}, "awq_clip": {"n_grid": 4}, "autoround": {"iters": 3}, "tesseraq": {"iterations": 2}}
+QUICK = {
+    "omniquant": {"epochs": 1},
+    "awq_clip": {"n_grid": 4},
+    "autoround": {"iters": 3},
+    "tesseraq": {"iterations": 2},
+}
 
 
 def _codes(names, weight=ROWS, overrides=(), **options):
-    """Digests of the codes, and what the pipeline was; the first name is "magr" with `options`."""
+    """Digests of all codes behind the pipeline of these stages; `options` are those of the first, magr."""
     model, config = tiny_model("llama")
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path:
                 parameter[3::7] *= 4
     nodes = [{"stage": name, **QUICK.get(name, {})} for name in names]
-    nodes[0] |= {"alpha": 0.01, "iterations": 20, **options} if nodes[0]["stage"] == "magr" else {}
+    nodes[0] |= {"alpha": 0.01, "iterations": 20, **options}
     pipeline = build_pipeline(nodes)
     scheme = Scheme(weight=weight, overrides=overrides)
     pipeline.check(scheme.weights, scheme)
