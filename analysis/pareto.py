@@ -83,10 +83,12 @@ def _series(points: pd.DataFrame) -> pd.Series:
     quantized = points[points["algo"] != "none"]
     if quantized[["act_format", "kv_format"]].drop_duplicates().shape[0] <= 1:
         return points["algo"]
-    inputs = points["act_format"].map(lambda name: f"inputs {name}", na_action="ignore")
-    cache = points["kv_format"].map(lambda name: f"cache {name}", na_action="ignore")
-    beside = inputs.str.cat(cache, sep=", ", na_rep="").str.strip(", ").replace("", "weights only")
-    return (points["algo"] + ", " + beside).where(points["algo"] != "none", "none")
+    parts = {"act_format": "inputs", "kv_format": "cache"}
+    series = []
+    for _, row in points.iterrows():
+        beside = [f"{word} {row[name]}" for name, word in parts.items() if isinstance(row[name], str)]
+        series.append("none" if row["algo"] == "none" else ", ".join([row["algo"], *(beside or ["weights only"])]))
+    return pd.Series(series, index=points.index)
 
 
 def caption(points: pd.DataFrame, evaluation: Evaluation) -> str:

@@ -38,13 +38,14 @@ def marks(algorithms: Iterable[str]) -> dict[str, Mark]:
     """A different mark for each algorithm, in a colour of its own as far as the colours go.
 
     An algorithm that is not among the known ones gets the mark that its name hashes to, unless another one of
-    the same figure has taken it or its colour.
+    the same figure has taken it or its colour. When all marks are taken, some stand for several.
     """
     names = sorted(set(algorithms))
     found = {name: _KNOWN[name] for name in names if name in _KNOWN}
     for name in (name for name in names if name not in _KNOWN):
         start = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(_OTHERS)
-        candidates = [mark for mark in (*_OTHERS[start:], *_OTHERS[:start]) if mark not in found.values()]
+        turned = (*_OTHERS[start:], *_OTHERS[:start])
+        candidates = [mark for mark in turned if mark not in found.values()] or turned
         colours = {mark.colour for mark in found.values()}
         found[name] = next((mark for mark in candidates if mark.colour not in colours), candidates[0])
     return found

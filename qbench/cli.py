@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.commands import add_commands
 from qbench.errors import QbenchError, SpecError
 from qbench.store import queries
 from qbench.store.database import Database
@@ -37,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         options, rest = parser.parse_known_args(argv)
-        if rest and (options.command is not _evaluate or any(each.startswith("-") for each in rest)):
+        takes_more = options.command in (_evaluate, _fill)
+        if rest and (not takes_more or any(each.startswith("-") for each in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest  # argparse takes no more positional arguments once an option has come
-        if options.command is _doctor:  # needs no database: that one can be opened is what it finds out
-            return _doctor(options)
-        with Database(options.store, create=False) as database:
+        if options.command in (_doctor, _fill):  # they don't need a database to be there
+            return options.command(options)
+        with Database(options.store, create=options.command is _merge) as database:
             return options.command(database, options)
     except QbenchError as error:
         print(f"qbench: {error}", file=sys.stderr)
@@ -85,6 +88,35 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
     measuring.add_argument("run", nargs="+", help="id or beginning of the key; and key=value, such as eval=zeroshot")
     measuring.set_defaults(command=_evaluate)
+
+    reporting = commands.add_parser("report", parents=[shared], help="write everything as one HTML file")
+    reporting.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s")
+    reporting.set_defaults(command=_report)
+
+    exporting = commands.add_parser("export", parents=[shared], help="write a table for other programs")
+    exporting.add_argument("--format", metavar="FORMAT", help="parquet, csv or json; default: the ending of --out")
+    exporting.add_argument("--out", metavar="FILE", type=Path, required=True)
+    exporting.add_argument("--table", metavar="NAME", default="results", help="default: the view %(default)s")
+    exporting.set_defaults(command=_export)
+
+    merging = commands.add_parser("merge", parents=[shared], help="bring another database's rows into this one")
+    merging.add_argument("other", help="a file, or the address of a database")
+    merging.set_defaults(command=_merge)
+
+    filling = commands.add_parser("fill", help="run what declared tables still need, and draw them")
+    filling.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
+    filling.add_argument("table", nargs="+", help="such as t7, all, or a .yaml; and key=value for all its runs")
+    filling.add_argument("--size", choices=("demo", "paper", "tiny"), default="demo", help="default: %(default)s")
+    filling.add_argument("--dry-run", action="store_true", help="show what is missing and stop")
+    filling.add_argument("--render-only", action="store_true", help="run nothing, draw what there is")
+    filling.add_argument("--only-failed", action="store_true", help="try again what failed, and nothing else")
+    filling.add_argument("--limit-time", metavar="TIME", help="start no run after, for instance, 30min or 1h30min")
+    filling.add_argument(
+        "--allow", metavar="WHAT", default="", help="mixtures to draw with footnotes: code,dirty or all"
+    )
+    filling.set_defaults(command=_fill)
+
+    add_commands(commands, shared)
 
     checking = commands.add_parser("doctor", parents=[shared], help="check this machine, install optional parts")
     checking.add_argument("--install", choices=["opencompass"], help="install an optional part in its own environment")
@@ -172,6 +204,12 @@ def _evaluate(database: Database, options: argparse.Namespace) -> int:
     return measure_rows(rows, compose_evaluation(settings), conf_dir() / "model", options.store)
 
 
+def _fill(options: argparse.Namespace) -> int:
+    from qbench import fill  # imports Hydra and torch
+
+    return fill.main(options)
+
+
 def _compare(database: Database, options: argparse.Namespace) -> int:
     from analysis.compare import compare  # here: the other commands do without statistics
     from analysis.tables.comparison import RenderedComparison
@@ -185,6 +223,33 @@ def _compare(database: Database, options: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file has no width of its own
         console = Console(width=_FILE_COLUMNS)
     console.print(RenderedComparison(found))
+    return 0
+
+
+def _report(database: Database, options: argparse.Namespace) -> int:
+    from analysis.report.page import write_report
+
+    return _done(write_report(database, options.out, options.store), options)
+
+
+def _export(database: Database, options: argparse.Namespace) -> int:
+    from qbench.store.export import export
+
+    rows = export(database, options.out, file_format=options.format, table=options.table)
+    return _done({"rows": rows, "out": str(options.out)}, options)
+
+
+def _merge(database: Database, options: argparse.Namespace) -> int:
+    from qbench.store.merge import merge, source_url
+
+    with Database(source_url(options.other, options.store), create=False) as other:
+        return _done(asdict(merge(database, other)), options)
+
+
+def _done(found: Mapping[str, object], options: argparse.Namespace) -> int:
+    """Say what was done: as JSON, or in words without what is nothing."""
+    said = ", ".join(f"{name} {value}" for name, value in found.items() if value not in (0, []))
+    _print_json(found) if options.json else print(said or "nothing to do")
     return 0
 
 

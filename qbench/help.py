@@ -10,6 +10,9 @@ data, algorithm and number format becomes a row in a database.
   qbench ls | qbench show <run>                    read the database
   qbench compare <run> <run>                       which of two is better, and whether that can be said
   qbench eval <run> eval=zeroshot                  measure finished runs again, with other evaluations
+  qbench fill t7 --size demo                       run what a declared table still needs, and draw it
+  qbench best | recommend | attribute | align      best practice, recipes for a budget, causes, published figures
+  qbench report | export | merge                   one HTML page; tables for other programs; databases together
   qbench doctor                                    what this machine has, and how to install what it lacks
 
 Keys are given as key=value; with -m a comma separates values to combine. Unknown keys are errors.

@@ -67,8 +67,14 @@ def measure_rows(rows: Sequence[RunRow], config: DictConfig, named: Path, store_
     return run_points([rebuilt(row, evaluations, means(row, config, named)) for row in rows], options)
 
 
-def run_points(wanted: Sequence[Point], options: SweepOptions) -> int:
-    """Carry out the points and their baselines, as far as the database lacks them; the exit code."""
+def run_points(
+    wanted: Sequence[Point], options: SweepOptions, *, summary: bool = True, deadline: float | None = None
+) -> int:
+    """Carry out the points and their baselines, as far as the database lacks them; the exit code.
+
+    `summary`: end with the table and figures of a sweep. `deadline` (of `time.monotonic`): from then on none is
+    started.
+    """
     points = with_baselines(wanted)
     console = Console()
     if not console.is_terminal:  # a log file has no width of its own
@@ -80,8 +86,12 @@ def run_points(wanted: Sequence[Point], options: SweepOptions) -> int:
         print_plan(console, plan, options)
         if options.dry_run:
             return 0
-        failures = _work(waiting, len(plan), session, database, options, console) if session is not None else {}
-        return summarize(points, database, options, console, failures)
+        failures: dict[str, BaseException] = {}
+        if session is not None:
+            failures = _work(waiting, len(plan), session, database, options, console, deadline)
+        if summary:
+            return summarize(points, database, options, console, failures)
+        return 1 if failures else 0
 
 
 def with_baselines(points: Sequence[Point]) -> list[Point]:
@@ -176,8 +186,9 @@ def _work(
     database: Database,
     options: SweepOptions,
     console: Console,
+    deadline: float | None = None,
 ) -> dict[str, BaseException]:
-    """Run what is missing; returns the failures by key."""
+    """Run what is missing, until the deadline; returns the failures by key."""
     from qbench.run import execute, measure_again
 
     resume_root = options.results / "resume"
@@ -186,6 +197,8 @@ def _work(
         while waiting:
             busy = []
             for planned in waiting:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return failures
                 point = planned.point
                 key = point.spec.key()
                 now = look_up(point, database)

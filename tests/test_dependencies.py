@@ -21,7 +21,8 @@ LAYERS = (
     {"models", "evaluation", "export"},
     {"scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"}
     | {"rebuild", "noise"},
-    {"cli", "command", "composition", "doctor", "help", "__main__"},
+    {"cli", "command", "composition", "declaration", "doctor", "fill", "help", "taxonomy"}
+    | {"__main__"},
 )
 BESIDE = {("export", "models"), ("evaluation", "models")}
 """Imports within one layer below the uppermost two: an export writes the model's own tokenizer along, decoding one

@@ -106,9 +106,23 @@ def layer_metrics(database: Database, run_id: int) -> list[LayerMetric]:
     return [_record(LayerMetric, row) for row in _of_runs(database, schema.layer_metric, [run_id])]
 
 
+def layer_metrics_named(database: Database, run_id: int, names: Iterable[str]) -> list[tuple[str, int, str, float]]:
+    """(name, block, module, value) of a run's layer metrics of these names, in the order of recording."""
+    table = schema.layer_metric
+    columns = (table.c.name, table.c.block, table.c.module, table.c.value)
+    query = select(*columns).where(table.c.run_id == run_id, table.c.name.in_(list(names))).order_by(table.c.id)
+    with database.read() as connection:
+        return [tuple(row) for row in connection.execute(query)]
+
+
 def artifacts(database: Database, run_id: int) -> list[Artifact]:
     """The files that a run left behind."""
-    return [_record(Artifact, row) for row in _of_runs(database, schema.artifact, [run_id])]
+    return [artifact for _, artifact in artifacts_of(database, [run_id])]
+
+
+def artifacts_of(database: Database, run_ids: Iterable[int]) -> list[tuple[int, Artifact]]:
+    """(id of the run, artifact) for the files that these runs left behind."""
+    return [(row["run_id"], _record(Artifact, row)) for row in _of_runs(database, schema.artifact, run_ids)]
 
 
 def failures(database: Database, run_ids: Iterable[int]) -> dict[int, list[Failure]]:
@@ -157,16 +171,30 @@ def frame(database: Database, **equals: str | int | float | bool) -> "pd.DataFra
 
     with database.read() as connection:
         everything = pd.read_sql(text("SELECT * FROM results ORDER BY run_id, metric, task"), connection)
-    whole = {c.name for table in (schema.run, schema.metric) for c in table.c if isinstance(c.type, Integer)}
-    truth = {c.name for c in schema.run.c if isinstance(c.type, Boolean)}
-    # Nullable dtypes: with pandas' own, one missing value turns a column of whole numbers into floats.
-    types = {name: "Int64" if name in whole else "boolean" for name in everything if name in whole | truth}
-    everything = everything.astype(types)
+    everything = with_nullable_types(everything)
     for column, value in equals.items():
         if column not in everything:
             raise SpecError(column, value, f"no such column; the view results has {', '.join(everything.columns)}")
         everything = everything[everything[column] == value]
     return everything.reset_index(drop=True)
+
+
+def with_nullable_types(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """`frame`, its whole numbers and truth values in nullable types.
+
+    With pandas' own, one missing value turns a column of whole numbers into floats. Bits are whole unless a row has
+    ternary weights.
+    """
+    columns = {c.name: c.type for table in schema.metadata.tables.values() for c in table.c if c.name != "bits"}
+    types = {
+        name: "boolean" if isinstance(columns[name], Boolean) else "Int64"
+        for name in frame
+        if isinstance(columns.get(name), Boolean | Integer)
+    }
+    frame = frame.astype(types)
+    if "bits" in frame:
+        frame["bits"] = frame["bits"].astype("float64").convert_dtypes()
+    return frame
 
 
 def _of_runs(database: Database, table: Table, run_ids: Iterable[int]) -> Sequence[RowMapping]:

@@ -164,3 +164,13 @@ def test_the_analysis_never_imports_a_model_library():
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_a_method_with_its_cache_quantized_is_another_series_even_where_no_inputs_are(database, store, tmp_path):
+    keys = sweep(store, USUAL[-2:])
+    keys += [store("awq", 3, measured(losses(np.log(40.0))), kv_format=kv) for kv in ("int4_token", None)]
+    table = sweep_table(database, keys, [C4])
+    found = plotted_rows(table, "tiny", table.evaluations[0])["series"]
+    wanted = ["none", "awq, weights only", "rtn, weights only", "awq, cache int4_token", "awq, weights only"]
+    assert found.tolist() == wanted
+    assert len(pareto_figures(table, tmp_path)) == 3

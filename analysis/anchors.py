@@ -1,0 +1,177 @@
+"""Published numbers against ours: compared where model, protocol and settings are the same, else what is missing.
+
+The numbers are in `analysis/data/anchors.yaml`. An agreement is within the tolerance that the file gives; it vouches
+for the settings that the source states, not for those it leaves out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from analysis.axes import scheme_of
+from analysis.tables.render import Entry, Plain, with_error
+from qbench.metrics import metric_info
+from qbench.store import queries
+from qbench.store.database import Database
+from qbench.store.records import MetricRow, RunRow
+
+Status = Literal["agrees", "differs", "missing"]
+_FILE = Path(__file__).parent / "data" / "anchors.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """A published value with its settings; calibration fields are None where the source has none."""
+
+    source: str
+    url: str
+    model: str
+    task: str
+    protocol: str
+    metric: str
+    tolerance: float
+    algo: str
+    weights: str
+    inputs: str | None
+    value: float
+    calib: str | None = None
+    calib_n: int | None = None
+    calib_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """An anchor, the run and metric of ours that it is compared with, and what they say; `why` is what is missing."""
+
+    anchor: Anchor
+    status: Status
+    run: RunRow | None = None
+    ours: MetricRow | None = None
+    why: str = ""
+
+
+def anchors(path: Path = _FILE) -> tuple[Anchor, ...]:
+    """All published numbers of a data file."""
+    import yaml  # here: nothing else of the analysis needs it
+
+    found = []
+    for table in yaml.safe_load(path.read_text(encoding="utf-8"))["tables"]:
+        shared = {name: table[name] for name in ("source", "url", "model", "task", "protocol", "metric", "tolerance")}
+        for formats, values in table["values"].items():
+            weights, _, inputs = formats.partition(",")
+            for algo, value in values.items():
+                calibration = table.get("calibration", {}).get(algo) or {}
+                found.append(
+                    Anchor(
+                        **shared,
+                        algo=algo,
+                        weights=weights,
+                        inputs=inputs or None,
+                        value=float(value),
+                        calib=calibration.get("text"),
+                        calib_n=calibration.get("n"),
+                        calib_length=calibration.get("length"),
+                    )
+                )
+    return tuple(found)
+
+
+def align(database: Database, published: Sequence[Anchor] | None = None) -> tuple[Aligned, ...]:
+    """Every published number against the newest finished run with its settings (None: those of the data file)."""
+    runs = queries.runs(database, status="done")
+    measured: dict[int, list[MetricRow]] = {}
+    for each in queries.metrics(database, [run.id for run in runs]):
+        measured.setdefault(each.run_id, []).append(each)
+    return tuple(_aligned(each, runs, measured) for each in (anchors() if published is None else published))
+
+
+def align_table(found: Sequence[Aligned]) -> Plain:
+    """One row per published number, grouped by source."""
+    rows, records = [], []
+    for each in found:
+        anchor, ours = each.anchor, each.ours
+        gap = None if ours is None else ours.value / anchor.value - 1
+        rows.append(
+            (
+                Entry(f"{anchor.algo} {anchor.weights}" + (f", inputs {anchor.inputs}" if anchor.inputs else "")),
+                Entry(f"{anchor.value:g}"),
+                Entry("" if ours is None else with_error(ours.value, ours.stderr, least=2)),
+                Entry("" if gap is None else f"{100 * gap:+.2f} %"),
+                Entry(each.status, bold=each.status == "differs"),
+                Entry(each.why or (each.run.key[:8] if each.run else "")),
+            )
+        )
+        records.append(
+            {
+                **{name: getattr(anchor, name) for name in Anchor.__dataclass_fields__},
+                **{"ours": None if ours is None else ours.value, "stderr": None if ours is None else ours.stderr},
+                **{"key": each.run.key if each.run else None, "status": each.status, "why": each.why},
+            }
+        )
+    counts = {status: sum(each.status == status for each in found) for status in ("agrees", "differs", "missing")}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    groups = []
+    for anchor in (each.anchor for each in found):
+        label = metric_info(anchor.metric).label
+        groups.append(f"{anchor.source}: {anchor.model}, {label} on {anchor.task} ({anchor.protocol})")
+    return Plain(
+        title="Published numbers and ours",
+        columns=("recipe", "published", "ours ± SE", "difference", "", "run, or what is missing"),
+        numeric=(False, True, True, True, False, False),
+        rows=tuple(rows),
+        groups=tuple(groups),
+        caption=f"{len(found)} published numbers: {said}. Agreement: within the tolerance of the data file.",
+        frame=pd.DataFrame.from_records(records),
+    )
+
+
+def _aligned(anchor: Anchor, runs: Sequence[RunRow], measured: dict[int, list[MetricRow]]) -> Aligned:
+    """The anchor and what the first demand that no run meets is."""
+    formats = anchor.weights + (f", inputs {anchor.inputs}" if anchor.inputs else "")
+    calibration = f"{anchor.calib}, {anchor.calib_n} × {anchor.calib_length} tokens"
+    demands: tuple[tuple[str, Callable[[RunRow], bool]], ...] = (
+        (f"a run of {anchor.model}", lambda run: model_name(run.model) == anchor.model),
+        (f"the format {formats}", lambda run: _formats(run) == (anchor.weights, anchor.inputs, None)),
+        (f"the algorithm {anchor.algo}", lambda run: run.algo == anchor.algo),
+        (f"calibration with {calibration}", lambda run: anchor.calib is None or _calibration(run) == _wanted(anchor)),
+    )
+    left = list(runs)
+    for what, meets in demands:
+        left = [run for run in left if meets(run)]
+        if not left:
+            return Aligned(anchor=anchor, status="missing", why=what)
+    for run in reversed(left):
+        for ours in measured.get(run.id, []):
+            if (ours.name, _stem(ours.task), ours.protocol) == (anchor.metric, anchor.task, anchor.protocol):
+                near = abs(ours.value - anchor.value) <= anchor.tolerance * abs(anchor.value)
+                return Aligned(anchor=anchor, status="agrees" if near else "differs", run=run, ours=ours)
+    return Aligned(
+        anchor=anchor, status="missing", run=left[-1],
+        why=f"{anchor.metric} on {anchor.task} by {anchor.protocol}: qbench eval {left[-1].id} eval={anchor.task} "
+        f"eval.path=<file> eval.length={anchor.protocol.partition('-')[2]}",
+    )  # fmt: skip
+
+
+def model_name(name: str) -> str:
+    """A model's name without folders, capitals and what marks the format of the checkpoint: "llama-2-7b"."""
+    return name.rstrip("/").rpartition("/")[2].lower().removesuffix("-hf")
+
+
+def _formats(run: RunRow) -> tuple[str, str | None, str | None]:
+    return scheme_of(run).partition(",")[0].removesuffix("_narrow"), run.act_format, run.kv_format
+
+
+def _calibration(run: RunRow) -> tuple[str | None, int | None, int | None]:
+    return run.calib and _stem(run.calib), run.calib_n, run.calib_length
+
+
+def _wanted(anchor: Anchor) -> tuple[str | None, int | None, int | None]:
+    return anchor.calib, anchor.calib_n, anchor.calib_length
+
+
+def _stem(text: str) -> str:
+    """A text's name without its split: "wikitext2.test" is "wikitext2"; "c4-sample" is not "c4"."""
+    return text.partition(".")[0]

@@ -1,0 +1,228 @@
+"""One table in many forms: LaTeX (booktabs), Markdown, HTML, CSV, and for a terminal.
+
+A `Plain` table is text that is already rounded and worded, plus a frame with the exact numbers for CSV. Texts may come
+from a database: every form escapes what would otherwise be markup.
+"""
+
+import html as html_text
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"±": r"$\pm$", "×": r"$\times$", "Δ": r"$\Delta$", "α": r"$\alpha$", "χ": r"$\chi$", "²": r"$^2$"},
+    **{"↓": r"$\downarrow$", "↑": r"$\uparrow$", "←": r"$\leftarrow$", "→": r"$\rightarrow$"},
+    **{"≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$", "−": "$-$", "–": "--", "…": r"\dots{}", "·": r"$\cdot$"},
+    **{"<": "$<$", ">": "$>$"},
+}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#])")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell: text, whether it stands out, and the numbers of its footnotes."""
+
+    text: str = ""
+    bold: bool = False
+    notes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A table as text. `numeric` columns are set to the right; `groups` [rows] (or empty) name the part of the table
+    that a row belongs to, each of which gets a line between rules; `footnotes` are (number, text); `frame` holds the
+    exact numbers, one row per row. Without rows `caption` says what is missing."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    caption: str
+    numeric: tuple[bool, ...] = ()
+    groups: tuple[str, ...] = ()
+    footnotes: tuple[tuple[int, str], ...] = ()
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
+
+    def parts(self) -> Iterator[tuple[str, tuple[tuple[Entry, ...], ...]]]:
+        """(group, its rows) in order; one part without a name where there are no groups."""
+        names = self.groups or ("",) * len(self.rows)
+        for name in dict.fromkeys(names):
+            yield name, tuple(row for row, own in zip(self.rows, names, strict=True) if own == name)
+
+    def is_numeric(self, column: int) -> bool:
+        return bool(self.numeric) and self.numeric[column]
+
+
+def latex(table: Plain, label: str = "") -> str:
+    """A `table` environment for a document with \\usepackage{booktabs}."""
+    align = "".join("r" if table.is_numeric(i) else "l" for i in range(len(table.columns)))
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
+    lines += [rf"\label{{{label}}}"] if label else []
+    lines += [rf"\begin{{tabular}}{{{align}}}", r"\toprule", " & ".join(map(_tex, table.columns)) + r" \\"]
+    for name, rows in table.parts():
+        lines.append(r"\midrule")
+        if name:
+            lines += [rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{_tex(name)}}}}} \\"]
+        for row in rows:
+            lines.append(" & ".join(map(_tex_entry, row)) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip\footnotesize", _tex(table.caption)]
+    lines += [rf"\par $^{{{number}}}$ {_tex(text)}" for number, text in table.footnotes]
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+def markdown(table: Plain) -> str:
+    """A pipe table below its title; groups become a column of their own."""
+    grouped = any(table.groups)
+    head = [*([""] if grouped else []), *table.columns]
+    rules = [
+        *(["---"] if grouped else []),
+        *("---:" if table.is_numeric(i) else "---" for i in range(len(table.columns))),
+    ]
+    lines = [f"**{_md(table.title)}**", "", _md_row(map(_md, head)), _md_row(rules)]
+    for name, rows in table.parts():
+        for place, row in enumerate(rows):
+            first = [_md(name) if place == 0 else ""] if grouped else []
+            lines.append(_md_row([*first, *map(_md_entry, row)]))
+    lines += ["", _md(table.caption)]
+    for number, text in table.footnotes:
+        lines += ["", f"<sup>{number}</sup> {_md(text)}"]
+    return "\n".join([*lines, ""])
+
+
+def html(table: Plain) -> str:
+    """A `<figure>` with the table, without styles of its own."""
+    escape = html_text.escape
+    head = "".join(f'<th scope="col"{_align(table, i)}>{escape(name)}</th>' for i, name in enumerate(table.columns))
+    lines = ["<figure>", f"<table><caption>{escape(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>"]
+    for name, rows in table.parts():
+        lines.append("<tbody>")
+        if name:
+            lines.append(f'<tr><th scope="colgroup" colspan="{len(table.columns)}">{escape(name)}</th></tr>')
+        for row in rows:
+            cells = "".join(f"<td{_align(table, i)}>{_html_entry(entry)}</td>" for i, entry in enumerate(row))
+            lines.append(f"<tr>{cells}</tr>")
+        lines.append("</tbody>")
+    lines += ["</table>", f"<figcaption>{escape(table.caption)}"]
+    lines += [f"<br><sup>{number}</sup> {escape(text)}" for number, text in table.footnotes]
+    return "\n".join([*lines, "</figcaption>", "</figure>", ""])
+
+
+def csv(table: Plain) -> str:
+    """The exact numbers, one line per row of the table."""
+    return table.frame.to_csv(index=False)
+
+
+def write(table: Plain, folder: Path, stem: str) -> list[Path]:
+    """`<stem>.tex`, `.md`, `.html` and `.csv` in `folder`, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"tex": latex(table, f"tab:{stem}"), "md": markdown(table), "html": html(table), "csv": csv(table)}
+    paths = []
+    for suffix, text in texts.items():
+        paths.append(folder / f"{stem}.{suffix}")
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+@dataclass(frozen=True)
+class OnTerminal:
+    """The table for `rich`."""
+
+    table: Plain
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        table = self.table
+        yield Text(table.title, style="bold")
+        if any(table.groups):  # a line above each part: as a row it would widen the first column
+            widths = [max(map(cell_len, cells)) for cells in zip(table.columns, *_texts(table), strict=True)]
+            for place, (name, rows) in enumerate(table.parts()):
+                yield Text(name, style="italic")
+                yield self._drawn(rows, widths, header=place == 0)
+        elif table.rows:
+            yield self._drawn(table.rows, [0] * len(table.columns), header=True)
+        yield Text(table.caption, style="italic")
+        for number, text in table.footnotes:
+            yield Text(f"[{number}] {text}")
+
+    def _drawn(self, rows: Sequence[tuple[Entry, ...]], widths: Sequence[int], *, header: bool) -> Table:
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_header=header)
+        last = len(widths) - 1  # the one that may be folded: it holds texts where texts are long
+        for index, (name, width) in enumerate(zip(self.table.columns, widths, strict=True)):
+            right = self.table.is_numeric(index)
+            least = None if index == last else width
+            drawn.add_column(
+                Text(name), justify="right" if right else "left", no_wrap=right, overflow="fold", min_width=least
+            )
+        for row in rows:
+            drawn.add_row(*(Text(_plain(entry), style="bold" if entry.bold else "") for entry in row))
+        return drawn
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A number to so many significant digits, thousands without an exponent; empty for None and NaN."""
+    if value is None or value != value:
+        return ""
+    text = f"{value:{'+' if sign else ''}.{digits}g}"
+    if "e" in text and abs(value) < 1e9 and abs(value) >= 1:
+        text = f"{value:{'+' if sign else ''}.0f}"
+    return text
+
+
+def with_error(value: float | None, stderr: float | None, *, sign: bool = False, least: int = 0) -> str:
+    """value ± standard error with the decimals that the error has to two digits, and `least` at least below 1000."""
+    if value is None or value != value:
+        return ""
+    if stderr is None or stderr != stderr or stderr == 0:
+        return number(value, sign=sign)
+    decimals = max(least if abs(value) < 1000 else 0, 1 - int(f"{stderr:.1e}".partition("e")[2]))
+    return f"{value:{'+' if sign else ''}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def _texts(table: Plain) -> list[tuple[str, ...]]:
+    return [tuple(map(_plain, row)) for row in table.rows]
+
+
+def _plain(entry: Entry) -> str:
+    return entry.text + "".join(f" [{each}]" for each in entry.notes)
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in text.replace("\n", " "))
+
+
+def _tex_entry(entry: Entry) -> str:
+    text = _tex(entry.text)
+    text = rf"\textbf{{{text}}}" if entry.bold and text else text
+    return text + (f"$^{{{','.join(map(str, entry.notes))}}}$" if entry.notes else "")
+
+
+def _md(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
+
+
+def _md_entry(entry: Entry) -> str:
+    text = _md(entry.text)
+    text = f"**{text}**" if entry.bold and text else text
+    return text + (f"<sup>{','.join(map(str, entry.notes))}</sup>" if entry.notes else "")
+
+
+def _md_row(cells: Sequence[str] | Iterator[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _html_entry(entry: Entry) -> str:
+    text = html_text.escape(entry.text)
+    text = f"<strong>{text}</strong>" if entry.bold and text else text
+    return text + (f"<sup>{','.join(map(str, entry.notes))}</sup>" if entry.notes else "")
+
+
+def _align(table: Plain, column: int) -> str:
+    return ' style="text-align:right"' if table.is_numeric(column) else ""

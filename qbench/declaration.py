@@ -1,0 +1,290 @@
+"""Tables of a paper as data: a YAML file says rows x columns x metric, and thereby which runs it needs.
+
+Nothing is composed here: a cell is the list of `key=value` settings that rows, columns, the size and the table add up
+to. `qbench.fill` makes points of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import qbench
+from qbench.checks import choice
+from qbench.errors import AssetError, SpecError
+
+SIZES = ("demo", "paper", "tiny")
+AGGREGATES = ("none", "mean")
+BEST = ("column", "group", "row", "none")
+
+#: What all tables of a size have in common: a file beside them.
+SHARED = "sizes.yaml"
+
+_TABLE_KEYS = (
+    *("title", "caption", "metric", "aggregate", "best", "set", "rows", "columns", "except", "repeat", "sizes"),
+    "static",
+)
+_SIZE_KEYS = ("set", "models", "axes", "repeat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One place on an axis: its label, the settings it adds and, where its cells show another one, its metrics."""
+
+    label: str
+    settings: tuple[str, ...]
+    metric: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    name: str
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellWish:
+    """What one cell needs: several lists of settings where it is the mean of repeats. `metric` are the names of which
+    the first that was measured is shown; `reason` says why the combination makes no sense (then nothing is run)."""
+
+    repeats: tuple[tuple[str, ...], ...]
+    metric: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undefined:
+    """A combination that makes no sense: by axis the labels for which it does not."""
+
+    where: Mapping[str, tuple[str, ...]]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """One table in one size. With `static`, stages by strategy, it is drawn from the code itself: without axes or runs.
+
+    Rows are the combinations of all row axes' levels, the last axis fastest; columns likewise.
+    """
+
+    name: str
+    size: str
+    title: str
+    caption: str
+    metric: tuple[str, ...] = ()
+    aggregate: str = "none"
+    best: str = "column"
+    settings: tuple[str, ...] = ()
+    rows: tuple[Axis, ...] = ()
+    columns: tuple[Axis, ...] = ()
+    repeat: tuple[tuple[str, ...], ...] = ((),)
+    undefined: tuple[Undefined, ...] = ()
+    static: Mapping[str, tuple[str, ...]] | None = None
+
+    def places(self, axes: Sequence[Axis]) -> list[tuple[Level, ...]]:
+        """All rows (or columns), each as one level per axis."""
+        return list(product(*(axis.levels for axis in axes)))
+
+    def cells(self) -> Iterator[tuple[tuple[Level, ...], tuple[Level, ...], CellWish]]:
+        """(row, column, what it needs), row by row."""
+        for row, column in product(self.places(self.rows), self.places(self.columns)):
+            yield row, column, self._wish(row, column)
+
+    def _wish(self, row: tuple[Level, ...], column: tuple[Level, ...]) -> CellWish:
+        added = [setting for level in (*row, *column) for setting in level.settings]
+        metric = next((level.metric for level in (*column[::-1], *row[::-1]) if level.metric), self.metric)
+        repeats = tuple(last_wins([*self.settings, *added, *more]) for more in self.repeat)
+        axes = (*self.rows, *self.columns)
+        labels = {axis.name: level.label for axis, level in zip(axes, (*row, *column), strict=True)}
+        reason = next((each.reason for each in self.undefined if _applies(each, labels)), None)
+        return CellWish(repeats=repeats, metric=metric, reason=reason)
+
+
+#: Groups of which a new choice has options of its own: what was set of the earlier one no longer counts.
+_REPLACED = ("algo", "eval")
+
+
+def last_wins(settings: Sequence[str]) -> tuple[str, ...]:
+    """Every key once, with the value that was given last.
+
+    `algo+=gptq` puts a part behind the algorithm so far (alone where there is none yet). Options may be given by part
+    whether there are several or one: `algo.awq.clip=false` of a lone awq becomes `algo.clip=false`.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key.endswith("+"):  # stays before the options that belong to it
+            key = key.removesuffix("+")
+            value = f"{found[key]}+{value}" if key in found else value
+        elif key in _REPLACED:
+            found = {name: old for name, old in found.items() if name != key and not name.startswith(f"{key}.")}
+        found[key] = value
+    alone = f"algo.{found.get('algo', '')}."
+    return tuple(f"{key.replace(alone, 'algo.') if key.startswith(alone) else key}={found[key]}" for key in found)
+
+
+def tables_dir() -> Path:
+    """The folder of declarations: the checkout's `experiments/tables/`, else the installed package's."""
+    package = Path(qbench.__file__).resolve().parent
+    for candidate in (package.parent / "experiments" / "tables", package / "tables"):
+        if (candidate / SHARED).is_file():
+            return candidate
+    raise AssetError("no declared tables are installed here; give the path of a declaration (.yaml)")
+
+
+def declared_names(folder: Path) -> list[str]:
+    """The tables of a folder in reading order: t2 before t10."""
+    names = (path.stem for path in folder.glob("*.yaml") if path.name != SHARED)
+    return sorted(names, key=lambda name: (not name[1:].isdigit(), int(name[1:]) if name[1:].isdigit() else 0, name))
+
+
+def load(name: str, size: str, folder: Path | None = None) -> Declaration:
+    """The table called `name` (or at the path `name`, if it ends in .yaml). SpecError for anything not as expected."""
+    choice("--size", size, SIZES)
+    given = Path(name) if name.endswith(".yaml") else None
+    folder = folder or (given.parent if given and (given.parent / SHARED).is_file() else tables_dir())
+    path = given or folder / f"{name}.yaml"
+    if not path.is_file():
+        accepted = f"unknown; one of all, {', '.join(declared_names(folder))}, or the path of a .yaml"
+        raise SpecError("table", name, accepted)
+    shared = _size_of(_read(folder / SHARED), size, str(folder / SHARED))
+    return _declaration(path.stem, size, _read(path), shared)
+
+
+def _declaration(name: str, size: str, node: Mapping[str, Any], shared: Mapping[str, Any]) -> Declaration:
+    _only(name, node, _TABLE_KEYS)
+    own = _size_of(node.get("sizes", {}), size, f"{name}.sizes")
+    common = {key: _text(f"{name}.{key}", node.get(key)) for key in ("title", "caption")}
+    common |= {"name": name, "size": size}
+    if "static" in node:
+        return Declaration(**common, static=_strategies(f"{name}.static", node["static"]))
+    replaced = own.get("axes", {})
+    rows = _axes(f"{name}.rows", node.get("rows"), replaced)
+    columns = _axes(f"{name}.columns", node.get("columns"), replaced)
+    names = [axis.name for axis in (*rows, *columns)]
+    unknown = [axis for axis in replaced if axis not in names]
+    if unknown:
+        raise SpecError(f"{name}.sizes.{size}.axes", unknown[0], f"an axis of the table: {', '.join(names)}")
+    models = _levels(f"{name}.models", own.get("models", shared.get("models", [])))
+    given = ((f"sizes.{size}", shared), (name, node), (f"{name}.sizes.{size}", own))
+    settings = [each for where, of in given for each in _settings(f"{where}.set", of.get("set", []))]
+    if len(models) == 1:
+        settings += models[0].settings
+    elif models:
+        rows = (Axis(name="Model", levels=models), *rows)
+    repeat = own.get("repeat", node.get("repeat", [[]]))
+    return Declaration(
+        **common,
+        metric=_metric(f"{name}.metric", node.get("metric")),
+        aggregate=choice(f"{name}.aggregate", node.get("aggregate", "none"), AGGREGATES),
+        best=choice(f"{name}.best", node.get("best", "column"), BEST),
+        settings=tuple(settings),
+        rows=rows,
+        columns=columns,
+        repeat=tuple(_settings(f"{name}.repeat", each) for each in repeat),
+        undefined=tuple(_undefined(name, each, (*rows, *columns)) for each in node.get("except", [])),
+    )
+
+
+def _axes(where: str, node: object, replaced: Mapping[str, Any]) -> tuple[Axis, ...]:
+    if not isinstance(node, list) or not node:
+        raise SpecError(where, node, "a list of axes, each with a name and its values")
+    found = []
+    for each in node:
+        _only(where, each, ("name", "values"))
+        name = _text(f"{where}.name", each.get("name"))
+        levels = _levels(f"{where}.{name}", replaced.get(name, each.get("values")))
+        if not levels:
+            raise SpecError(f"{where}.{name}", None, "at least one value")
+        found.append(Axis(name=name, levels=levels))
+    return tuple(found)
+
+
+def _levels(where: str, node: object) -> tuple[Level, ...]:
+    if not isinstance(node, list):
+        raise SpecError(where, node, "a list of values, each with a label and what it sets")
+    found = []
+    for each in node:
+        _only(where, each, ("label", "set", "metric"))
+        metric = _metric(f"{where}.metric", each["metric"]) if "metric" in each else ()
+        settings = _settings(f"{where}.set", each.get("set", []))
+        found.append(Level(label=_text(f"{where}.label", each.get("label")), settings=settings, metric=metric))
+    labels = [level.label for level in found]
+    if len(set(labels)) < len(labels):
+        raise SpecError(where, labels, "every label once")
+    return tuple(found)
+
+
+def _undefined(name: str, node: object, axes: Sequence[Axis]) -> Undefined:
+    where = f"{name}.except"
+    _only(where, node, ("where", "reason"))
+    names = [axis.name for axis in axes]
+    found = {}
+    for axis, value in node.get("where", {}).items():
+        if axis not in names:
+            raise SpecError(where, axis, f"an axis of the table: {', '.join(names)}")
+        found[axis] = tuple(map(str, value if isinstance(value, list) else [value]))
+    if not found:
+        raise SpecError(where, node.get("where"), "an axis and its labels")
+    return Undefined(where=found, reason=_text(f"{where}.reason", node.get("reason")))
+
+
+def _applies(undefined: Undefined, labels: Mapping[str, str]) -> bool:
+    return all(labels[axis] in values for axis, values in undefined.where.items())
+
+
+def _size_of(node: object, size: str, where: str) -> Mapping[str, Any]:
+    _only(where, node, SIZES)
+    found = node.get(size, {})
+    _only(f"{where}.{size}", found, _SIZE_KEYS)
+    return found
+
+
+def _only(where: str, node: object, keys: Sequence[str]) -> None:
+    if not isinstance(node, Mapping):
+        raise SpecError(where, node, f"a mapping with {', '.join(keys)}")
+    unknown = [key for key in node if key not in keys]
+    if unknown:
+        raise SpecError(f"{where}.{unknown[0]}", node[unknown[0]], f"unknown; one of {', '.join(keys)}")
+
+
+def _settings(where: str, node: object) -> tuple[str, ...]:
+    if not isinstance(node, list) or not all(isinstance(each, str) and "=" in each for each in node):
+        raise SpecError(where, node, "a list of settings such as [algo=gptq, bits=4]")
+    return tuple(node)
+
+
+def _strategies(where: str, node: object) -> Mapping[str, tuple[str, ...]]:
+    if not isinstance(node, Mapping) or not all(isinstance(each, list) for each in node.values()):
+        raise SpecError(where, node, "strategies, each with a list of stages")
+    return {str(name): tuple(map(str, stages)) for name, stages in node.items()}
+
+
+def _metric(where: str, node: object) -> tuple[str, ...]:
+    found = (node,) if isinstance(node, str) else tuple(node) if isinstance(node, list) else ()
+    if not found or not all(isinstance(each, str) for each in found):
+        raise SpecError(where, node, "the name of a metric such as ppl, or a list of names: the first that there is")
+    return found
+
+
+def _text(where: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise SpecError(where, value, "a text")
+    return " ".join(str(value).split())
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise AssetError(f"{path}: no such file")
+    try:
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError("table", path, " ".join(str(error).split())) from error
+    if not isinstance(node, Mapping):
+        raise SpecError("table", path, "a mapping")
+    return node

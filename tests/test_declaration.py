@@ -1,0 +1,168 @@
+"""Declared tables as data: what cells need, what is refused, and that the paper's tables can be composed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qbench.models
+from qbench.declaration import SIZES, Declaration, declared_names, last_wins, load, tables_dir
+from qbench.errors import QbenchError, SpecError
+from qbench.fill import compose
+from qbench.stages.pipeline import stage_types
+from qbench.taxonomy import learns, taxonomy
+
+TINY = Path(qbench.models.__file__).parent / "tiny"
+NAMES = declared_names(tables_dir())
+TABLE = {
+    "title": "T",
+    "caption": "C.",
+    "metric": "ppl",
+    "rows": [{"name": "Algo", "values": [{"label": "A", "set": ["algo=awq"]}, {"label": "G", "set": ["algo=gptq"]}]}],
+    "columns": [{"name": "Bits", "values": [{"label": 3, "set": ["bits=3"]}, {"label": 2, "set": ["bits=2"]}]}],
+}
+
+
+def written(folder: Path, table: dict | None = None, sizes: dict | None = None) -> str:
+    (folder / "sizes.yaml").write_text(yaml.safe_dump(sizes or {"tiny": {"set": ["model=tiny", "bits=8"]}}))
+    (folder / "own.yaml").write_text(yaml.safe_dump(TABLE if table is None else table))
+    return str(folder / "own.yaml")
+
+
+def test_a_cell_is_the_sum_of_size_table_row_and_column_and_the_last_wins(tmp_path):
+    found = load(written(tmp_path, TABLE | {"set": ["group_size=32"], "repeat": [["seed=0"], ["seed=1"]]}), "tiny")
+    cells = {(row[0].label, column[0].label): wish for row, column, wish in found.cells()}
+    assert list(cells) == [("A", "3"), ("A", "2"), ("G", "3"), ("G", "2")]
+    base = {"model=tiny", "group_size=32", "algo=gptq", "bits=2"}
+    assert [set(each) for each in cells["G", "2"].repeats] == [base | {"seed=0"}, base | {"seed=1"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a=1", "b=2", "a=3"], {"a=3", "b=2"}),
+        (["algo=awq", "algo.clip=false", "algo=gptq"], {"algo=gptq"}),
+        (["eval=decode", "eval.n=4", "eval=needle"], {"eval=needle"}),
+        (["eval.n=4", "eval.length=8"], {"eval.n=4", "eval.length=8"}),
+        (["calib.n=4", "calib=pydoc"], {"calib.n=4", "calib=pydoc"}),
+        (["algo+=gptq"], {"algo=gptq"}),
+        (["algo=quarot", "algo+=gptq"], {"algo=quarot+gptq"}),
+        (["algo=awq", "algo.awq.clip=false"], {"algo=awq", "algo.clip=false"}),
+        (["algo=awq", "algo.awq.clip=false", "algo+=gptq"], {"algo=awq+gptq", "algo.awq.clip=false"}),
+    ],
+)
+def test_last_wins(given, expected):
+    assert set(last_wins(given)) == expected
+    assert set(last_wins(last_wins(given))) == expected
+
+
+def test_sizes_replace_axes_and_several_models_are_rows(tmp_path):
+    bits = [{"label": "8", "set": ["bits=8"]}]
+    models = [{"label": name, "set": [f"model.path={name}"]} for name in ("m", "n")]
+    path = written(tmp_path, TABLE | {"sizes": {"paper": {"axes": {"Bits": bits}}}}, {"paper": {"models": models}})
+    found = load(path, "paper")
+    assert [axis.name for axis in found.rows] == ["Model", "Algo"]
+    assert len(list(found.cells())) == 4
+    one = load(written(tmp_path, None, {"demo": {"models": models[:1]}}), "demo")
+    assert [axis.name for axis in one.rows] == ["Algo"]
+    assert all("model.path=m" in wish.repeats[0] for _, _, wish in one.cells())
+
+
+def test_undefined_cells_have_a_reason_and_levels_metrics_of_their_own(tmp_path):
+    table = json.loads(json.dumps(TABLE))
+    table["columns"][0]["values"].append({"label": "time", "metric": "quantize_s"})
+    table["except"] = [{"where": {"Algo": "A", "Bits": ["3"]}, "reason": "no"}]
+    cells = {
+        (row[0].label, column[0].label): wish for row, column, wish in load(written(tmp_path, table), "tiny").cells()
+    }
+    assert {place for place, wish in cells.items() if wish.reason} == {("A", "3")}
+    assert cells["G", "time"].metric == ("quantize_s",)
+    assert cells["G", "2"].metric == ("ppl",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"titel": "x"}, "own.titel=x: unknown"),
+        ({"metric": None}, "own.metric=null"),
+        ({"rows": []}, "own.rows=[]"),
+        ({"best": "all"}, "own.best=all"),
+        ({"aggregate": "median"}, "own.aggregate=median"),
+        ({"set": ["bits"]}, "own.set=[bits]"),
+        ({"rows": [{"name": "R", "values": [{"label": "a"}, {"label": "a"}]}]}, "every label once"),
+        ({"rows": [{"name": "R", "values": []}]}, "own.rows.R=null: at least one value"),
+        ({"except": [{"where": {"Nothing": "a"}, "reason": "x"}]}, "own.except=Nothing: an axis of the table"),
+        ({"sizes": {"tiny": {"axes": {"Nothing": []}}}}, "own.sizes.tiny.axes=Nothing"),
+        ({"sizes": {"huge": {}}}, "own.sizes.huge"),
+    ],
+)
+def test_what_is_not_as_expected_is_refused_in_one_line(tmp_path, change, message):
+    with pytest.raises(SpecError) as caught:
+        load(written(tmp_path, TABLE | change), "tiny")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_tables_and_sizes_name_the_known_ones():
+    with pytest.raises(SpecError, match=r"all, t1, t2, .*t10"):
+        load("t99", "tiny")
+    with pytest.raises(SpecError, match="demo, paper, tiny"):
+        load("t2", "small")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_declared_table_can_be_read(name, size):
+    found = load(name, size)
+    assert found.static or list(found.cells())
+
+
+def some_points(found: Declaration, settings: list[str]) -> int:
+    """Compose as few cells as show every level of every axis; how many points that made."""
+    axes = (*found.rows, *found.columns)
+    defined = {(row, column) for row, column, wish in found.cells() if wish.reason is None}
+    made = {}
+    for i in range(max(len(axis.levels) for axis in axes)):
+        place = [axis.levels[i % len(axis.levels)] for axis in axes]
+        row, column = tuple(place[: len(found.rows)]), tuple(place[len(found.rows) :])
+        if (row, column) in defined:
+            compose(single(found, row, column), settings, made)
+    return len(made)
+
+
+def single(found: Declaration, row: tuple, column: tuple) -> Declaration:
+    """The table with this row and column alone."""
+    rows, columns = (
+        tuple(type(axis)(name=axis.name, levels=(level,)) for axis, level in zip(axes, place, strict=True))
+        for axes, place in ((found.rows, row), (found.columns, column))
+    )
+    return Declaration(**(vars(found) | {"rows": rows, "columns": columns}))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "t1"])
+def test_the_papers_sizes_compose(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("QBENCH_DATA", str(tmp_path))
+    for text in ("pileval", "wikitext2-train", "wikitext2-test", "c4-train", "c4-validation", "ptb-test"):
+        row = json.dumps({"text": f"words of {text}", "sentence": f"words of {text}"})
+        (tmp_path / f"{text}.jsonl").write_text(f"{row}\n{row}\n")
+    assert some_points(load(name, "paper"), [f"model.path={TINY}"]) > 0
+
+
+def test_what_cannot_be_composed_is_refused_with_its_cell(tmp_path):
+    with pytest.raises(QbenchError, match=r"^own, A / 3: bits=99: "):
+        compose(load(written(tmp_path), "tiny"), ["bits=99"])
+
+
+def test_the_taxonomy_has_every_stage_once_under_a_strategy_that_fits_it():
+    strategies = load("t1", "tiny").static
+    found = taxonomy("t1", "T", "C.", strategies)
+    words = " ".join(" ".join(row[1:]) for row in found.rows).replace(",", " ").replace("°", "").split()
+    assert sorted(words) == sorted(stage_types())
+    assert {name for name, stage in stage_types().items() if learns(stage)} == set(strategies["learned"])
+    with pytest.raises(SpecError, match="every stage under one strategy"):
+        taxonomy("t1", "T", "C.", {"rule": strategies["rule"]})
+    with pytest.raises(SpecError, match="no such stage"):
+        taxonomy("t1", "T", "C.", strategies | {"other": ("nothing",)})
