@@ -151,6 +151,15 @@ def test_the_papers_sizes_compose(name, tmp_path, monkeypatch):
     assert some_points(load(name, "paper"), [f"model.path={TINY}"]) > 0
 
 
+def test_the_declaration_in_the_docs_is_one(tmp_path):
+    text = (Path(qbench.models.__file__).parents[2] / "docs" / "experiments.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    for size in ("tiny", "demo"):
+        found = load(written(tmp_path, yaml.safe_load(example)), size)
+    assert len(list(found.cells())) == 8
+    assert sum(wish.reason is not None for _, _, wish in found.cells()) == 2
+
+
 def test_what_cannot_be_composed_is_refused_with_its_cell(tmp_path):
     with pytest.raises(QbenchError, match=r"^own, A / 3: bits=99: "):
         compose(load(written(tmp_path), "tiny"), ["bits=99"])

@@ -87,7 +87,11 @@ def test_the_best_of_each_column_and_its_ties_are_marked(database, store, base):
         for i, nlls in enumerate([best, best + noise - noise.mean() + 1e-4, best + 0.2 + noise])
     ]
     rows = [[cell(key, baseline=base)] for key in keys]
-    assert [row.cells[0].best for row in filled(database, declared(rows)).rows] == [False, True, True, False]
+    table = filled(database, declared(rows))
+    assert [row.cells[0].best for row in table.rows] == [False, True, True, False]
+    assert declared_text.latex(table).count(r"\textbf{") == 2
+    assert declared_text.markdown(table).count("| **") == 2
+    assert len(re.findall(r"\d\*", shown(table))) == 2
     none = filled(database, declared(rows, best="none"))
     assert not any(row.cells[0].best for row in none.rows)
     groups = declared(rows, best="group", row_axes=("A", "B"), rows=(("x", "1"), ("y", "1"), ("y", "2")))
@@ -196,19 +200,19 @@ def test_an_empty_database_says_what_is_missing_in_every_form(database):
 def test_latex_is_balanced_and_escapes_what_it_must(database, store, base):
     key = store("gptq", 3, measured(losses(3.4)), environment=COMMIT)
     other = store("rtn", 3, measured(losses(3.5)), environment=COMMIT)
-    wish = [cell(key, baseline=base), cell(reason=r"50 % & a_b \ {x} ~ ^ #"), cell(other, baseline=base)]
-    columns = (("A & B", "1"), ("A & B", "2"), ("C_d", "3"))
+    wish = [cell(key, baseline=base), cell(reason=r"50 % & a_b \ {x} ~ ^ #"), *[cell(other, baseline=base)] * 3]
+    columns = (("A & B", "1"), ("A & B", "2"), ("C_d", "3"), ("E", "4"), ("E", "5"))
     table = filled(database, declared([wish], title="α < β", column_axes=("X", "Y"), columns=columns))
     text = declared_text.latex(table)
-    assert r"\multicolumn{2}{c}{A \& B} & C\_d" in text
-    assert r"\cmidrule(lr){2-3}" in text
+    assert r"\multicolumn{2}{c}{A \& B} & C\_d & \multicolumn{2}{c}{E} \\" in text
+    assert "\n" + r"\cmidrule(lr){2-3}\cmidrule(lr){5-6}" + "\n" in text
     assert r"50 \% \& a\_b \textbackslash{} \{x\} \textasciitilde{} \textasciicircum{} \#" in text
     plain = re.sub(r"\\[\\&%$#_{}]", "", text)
     assert plain.count("{") == plain.count("}")
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     for line in body:
         spanned = sum(int(n) - 1 for n in re.findall(r"\\multicolumn{(\d+)}", line))
-        assert len(re.findall(r"(?<!\\)&", line)) + spanned == 3, line
+        assert len(re.findall(r"(?<!\\)&", line)) + spanned == 5, line
     for name in ("table", "tabular"):
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
 
