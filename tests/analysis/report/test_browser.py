@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 import random
 import time
 from importlib.resources import files
@@ -245,21 +244,10 @@ def test_no_screen_scrolls_sideways(filled, visit, browser, width, fragment):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_five_thousand_runs_load_in_under_three_seconds(filled, visit):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    text = page(tiled(report_data(filled, STORE), 5000))
-    fastest = math.inf
-    took = "const [page] = performance.getEntriesByType('navigation'); return page.loadEventEnd || null"
-    for _ in range(5):  # others may be using the machine
-        browser = visit(text)
-        loaded = WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(took))
-        fastest = min(fastest, loaded)
-        if fastest < 3000:
-            break
+def test_five_thousand_runs_are_shown_a_page_at_a_time(filled, visit):
+    browser = visit(page(tiled(report_data(filled, STORE), 5000)))
     assert count(browser) == "5,000 runs of 5,000"
     assert len(browser.find_elements("css selector", "#table tbody tr")) == 100
-    assert fastest < 3000
 
 
 def tiled(data: dict, total: int) -> dict:
