@@ -127,10 +127,21 @@ def read_text(path: Path, option: str) -> str:
     path and, for a bad row, its line number) when the file is missing, empty, not UTF-8, or not JSON Lines
     with a "text" string in every row.
     """
+    text = read_utf8(path, option)
+    if path.suffix == ".jsonl" and text.strip():
+        text = _joined_rows(text, path, option)
+    if not text.strip():
+        raise AssetError(f"{option}={path}: the file is empty; a text corpus is needed")
+    return text
+
+
+def read_utf8(path: Path, option: str) -> str:
+    """The content of a `.txt` or `.jsonl` file; AssetError when it is missing or not UTF-8, SpecError for another kind
+    of file, both naming `option`."""
     if path.suffix not in SUFFIXES:
         raise SpecError(option, path, "the name of a text file must end in .txt or .jsonl")
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise AssetError(f"{option}={path}: no such file; give the path of a .txt or .jsonl file") from None
     except OSError as error:
@@ -139,11 +150,6 @@ def read_text(path: Path, option: str) -> str:
         raise AssetError(
             f"{option}={path}: not UTF-8 (byte {error.start}: {error.reason}); convert the file to UTF-8"
         ) from None
-    if path.suffix == ".jsonl" and text.strip():
-        text = _joined_rows(text, path, option)
-    if not text.strip():
-        raise AssetError(f"{option}={path}: the file is empty; a text corpus is needed")
-    return text
 
 
 def _joined_rows(lines: str, path: Path, option: str) -> str:

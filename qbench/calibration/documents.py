@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qbench.calibration.corpora import read_utf8
 from qbench.errors import AssetError, SpecError
 
 if TYPE_CHECKING:
@@ -39,16 +40,7 @@ def read_rows(path: str | Path, option: str, fields: Sequence[str] = FIELDS) -> 
     without text, or whose rows have no such field; SpecError for another kind of file.
     """
     path = Path(path).expanduser()
-    if path.suffix not in (".txt", ".jsonl"):
-        raise SpecError(option, path, "the name of a text file must end in .txt or .jsonl")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise AssetError(f"{option}={path}: no such file; give the path of a .txt or .jsonl file") from None
-    except OSError as error:
-        raise AssetError(f"{option}={path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise AssetError(f"{option}={path}: not UTF-8 (byte {error.start}: {error.reason})") from None
+    text = read_utf8(path, option)
     # Only "\n" ends a row: str.splitlines would also cut at U+2028, which JSON allows inside a string.
     lines = text.removesuffix("\n").split("\n")
     rows = lines
