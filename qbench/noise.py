@@ -17,6 +17,7 @@ from statistics import stdev
 import torch
 
 from qbench.compose import Point, SweepOptions
+from qbench.engine.threads import threads
 from qbench.errors import SpecError
 from qbench.measure import PeakMemory, Phases
 from qbench.run import compute
@@ -100,18 +101,15 @@ def _of_runs(database: Database, component: str, variants: Sequence[Point]) -> l
 
 def _measured(point: Point, session: Session, component: str, setting: int) -> tuple[Measurement, ...]:
     """The point's measurements with another batch size or number of threads."""
-    threads = torch.get_num_threads()
+    used = torch.get_num_threads()
     if component == "batch":
         point = replace(point, evaluations=tuple(replace(each, batch=setting) for each in point.evaluations))
     else:
-        torch.set_num_threads(setting)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            memory = PeakMemory(point.device)
-            quiet = lambda *_: None  # noqa: E731
-            computed = compute(point, point.evaluations, session, Phases(), memory, Path(folder), quiet)
-    finally:
-        torch.set_num_threads(threads)
+        used = setting
+    with threads(used), tempfile.TemporaryDirectory() as folder:
+        memory = PeakMemory(point.device)
+        quiet = lambda *_: None  # noqa: E731
+        computed = compute(point, point.evaluations, session, Phases(), memory, Path(folder), quiet)
     if computed.failed:
         raise computed.failed[0].error
     return computed.measurements

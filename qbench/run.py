@@ -18,6 +18,7 @@ from qbench.engine.resume import ResumePoint
 from qbench.engine.rotated import rotated
 from qbench.engine.sinks import Ledger, Weights, parameter_bytes
 from qbench.engine.source import Source
+from qbench.engine.threads import threads
 from qbench.errors import NumericsError, SpecError
 from qbench.evaluation.base import Evaluation, Subject, WindowEvaluation
 from qbench.evaluation.perplexity import stream_nll
@@ -27,6 +28,7 @@ from qbench.measure import PeakMemory, Phases, release_free_memory
 from qbench.scheme_weights import nominal_bits
 from qbench.session import Session
 from qbench.spec import digest
+from qbench.store import queries
 from qbench.store.database import Database, Heartbeat
 from qbench.store.records import Artifact, Failure, LayerMetric, Measurement, Outcome, RunColumns, RunRow
 
@@ -100,12 +102,13 @@ def measure_again(
     resume_root: Path,
     progress: Progress,
 ) -> None:
-    """Rebuild a finished run and append the measurements (and the export) it lacks.
+    """Rebuild a finished run and append the measurements (and the export) it lacks, on as many threads as it ran on.
 
     Raises NumericsError if the rebuilt codes are not the run's: then the number would belong to another model.
     """
-    memory = PeakMemory(point.device)
-    computed = compute(point, missing, session, Phases(), memory, _resume_folder(resume_root, point), progress)
+    memory, folder = PeakMemory(point.device), _resume_folder(resume_root, point)
+    with threads(queries.environment(database, row.environment_id).threads):
+        computed = compute(point, missing, session, Phases(), memory, folder, progress)
     if computed.outcome.codes_sha256 != row.codes_sha256:
         raise NumericsError(
             f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "

@@ -204,8 +204,11 @@ def test_what_is_quantized_at_run_time_does_not_depend_on_padding_and_sharing(sc
         together = score(model, pairs, max_length=60, share="inputs" in scheme)
     plain = score(subject.full_precision(), pairs, max_length=60)
     change = max(abs(a[0] - b[0]) for a, b in zip(alone, plain, strict=True))
-    noise = max(abs(a[0] - b[0]) for a, b in zip(alone, together, strict=True))
-    assert noise < 0.02 * change  # a rounding decision may flip where float noise meets a tie
+    noise = sorted(abs(a[0] - b[0]) for a, b in zip(alone, together, strict=True))
+    # Where float noise meets a tie, a rounding decision flips, for all pairs of that context. What leaked through
+    # padding or a shared cache would change every context but one.
+    assert noise[len(pairs) // 2] < 1e-4 * change
+    assert noise[-1] < 0.1 * change
 
 
 def test_contexts_are_shared_only_where_the_cache_is_what_it_seems(items, tmp_path, monkeypatch):
