@@ -4,14 +4,15 @@ The numbers are in `analysis/data/anchors.yaml`. An agreement is within the tole
 for the settings that the source states, not for those it leaves out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
 from analysis.axes import scheme_of
+from analysis.tables.labels import is_baseline
 from analysis.tables.render import Entry, Plain, with_error
 from qbench.metrics import metric_info
 from qbench.store import queries
@@ -19,12 +20,17 @@ from qbench.store.database import Database
 from qbench.store.records import MetricRow, RunRow
 
 Status = Literal["agrees", "differs", "missing"]
+FULL_PRECISION = "full precision"
 _FILE = Path(__file__).parent / "data" / "anchors.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """A published value with its settings; calibration fields are None where the source has none."""
+    """A published value with its settings; what the source does not state is None.
+
+    `weights` is a row's weight_format, or "full precision", `stages` names the pipeline's. `reading` says why
+    no evaluation measures what the source did.
+    """
 
     source: str
     url: str
@@ -40,6 +46,13 @@ class Anchor:
     calib: str | None = None
     calib_n: int | None = None
     calib_length: int | None = None
+    stages: tuple[str, ...] | None = None
+    reading: str | None = None
+
+    @property
+    def formats(self) -> str:
+        """Weights, and inputs where they are quantized."""
+        return self.weights + (f", inputs {self.inputs}" if self.inputs else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +72,34 @@ def anchors(path: Path = _FILE) -> tuple[Anchor, ...]:
 
     found = []
     for table in yaml.safe_load(path.read_text(encoding="utf-8"))["tables"]:
-        shared = {name: table[name] for name in ("source", "url", "model", "task", "protocol", "metric", "tolerance")}
+        shared = {name: table[name] for name in ("source", "url", "model", "protocol", "metric", "tolerance")}
+        shared["reading"] = table.get("reading")
         for formats, values in table["values"].items():
             weights, _, inputs = formats.partition(",")
-            for algo, value in values.items():
-                calibration = table.get("calibration", {}).get(algo) or {}
-                found.append(
-                    Anchor(
-                        **shared,
-                        algo=algo,
-                        weights=weights,
-                        inputs=inputs or None,
-                        value=float(value),
-                        calib=calibration.get("text"),
-                        calib_n=calibration.get("n"),
-                        calib_length=calibration.get("length"),
+            for algo, given in values.items():
+                calibration, stages = (_of_algo(table.get(each), algo) for each in ("calibration", "stages"))
+                several = isinstance(given, list)
+                for task, value in zip(table["task"], given, strict=True) if several else [(table["task"], given)]:
+                    found.append(
+                        Anchor(
+                            **shared,
+                            task=task,
+                            algo=algo,
+                            weights=weights,
+                            inputs=inputs or None,
+                            value=float(value),
+                            calib=(calibration or {}).get("text"),
+                            calib_n=(calibration or {}).get("n"),
+                            calib_length=(calibration or {}).get("length"),
+                            stages=tuple(stages) if stages else None,
+                        )
                     )
-                )
     return tuple(found)
+
+
+def _of_algo(given: Mapping[str, Any] | None, algo: str) -> Any:
+    """What a table says for this algorithm, or for all."""
+    return (given or {}).get(algo, (given or {}).get("all"))
 
 
 def align(database: Database, published: Sequence[Anchor] | None = None) -> tuple[Aligned, ...]:
@@ -96,7 +119,7 @@ def align_table(found: Sequence[Aligned]) -> Plain:
         gap = None if ours is None else ours.value / anchor.value - 1
         rows.append(
             (
-                Entry(f"{anchor.algo} {anchor.weights}" + (f", inputs {anchor.inputs}" if anchor.inputs else "")),
+                Entry(anchor.formats if anchor.algo == "none" else f"{anchor.algo} {anchor.formats}"),
                 Entry(f"{anchor.value:g}"),
                 Entry("" if ours is None else with_error(ours.value, ours.stderr, least=2)),
                 Entry("" if gap is None else f"{100 * gap:+.2f} %"),
@@ -130,16 +153,8 @@ def align_table(found: Sequence[Aligned]) -> Plain:
 
 def _aligned(anchor: Anchor, runs: Sequence[RunRow], measured: dict[int, list[MetricRow]]) -> Aligned:
     """The anchor and what the first demand that no run meets is."""
-    formats = anchor.weights + (f", inputs {anchor.inputs}" if anchor.inputs else "")
-    calibration = f"{anchor.calib}, {anchor.calib_n} × {anchor.calib_length} tokens"
-    demands: tuple[tuple[str, Callable[[RunRow], bool]], ...] = (
-        (f"a run of {anchor.model}", lambda run: model_name(run.model) == anchor.model),
-        (f"the format {formats}", lambda run: _formats(run) == (anchor.weights, anchor.inputs, None)),
-        (f"the algorithm {anchor.algo}", lambda run: run.algo == anchor.algo),
-        (f"calibration with {calibration}", lambda run: anchor.calib is None or _calibration(run) == _wanted(anchor)),
-    )
     left = list(runs)
-    for what, meets in demands:
+    for what, meets in _demands(anchor):
         left = [run for run in left if meets(run)]
         if not left:
             return Aligned(anchor=anchor, status="missing", why=what)
@@ -148,16 +163,32 @@ def _aligned(anchor: Anchor, runs: Sequence[RunRow], measured: dict[int, list[Me
             if (ours.name, _stem(ours.task), ours.protocol) == (anchor.metric, anchor.task, anchor.protocol):
                 near = abs(ours.value - anchor.value) <= anchor.tolerance * abs(anchor.value)
                 return Aligned(anchor=anchor, status="agrees" if near else "differs", run=run, ours=ours)
-    return Aligned(
-        anchor=anchor, status="missing", run=left[-1],
-        why=f"{anchor.metric} on {anchor.task} by {anchor.protocol}: qbench eval {left[-1].id} eval={anchor.task} "
-        f"eval.path=<file> eval.length={anchor.protocol.partition('-')[2]}",
-    )  # fmt: skip
+    command = f"qbench eval {left[-1].id} eval={anchor.task} eval.path=<file> eval.length={anchor.protocol[7:]}"
+    missing = anchor.reading or f"on {anchor.task} by {anchor.protocol}: {command}"
+    return Aligned(anchor=anchor, status="missing", run=left[-1], why=f"{anchor.metric} {missing}")
+
+
+def _demands(anchor: Anchor) -> Iterator[tuple[str, Callable[[RunRow], bool]]]:
+    """(in words, whether a run meets it) for everything that a run must have to be compared, from coarse to fine."""
+    yield f"a run of {anchor.model}", lambda run: model_name(run.model) == anchor.model
+    if anchor.weights == FULL_PRECISION:
+        yield f"{FULL_PRECISION} of it", is_baseline
+        return
+    formats = (anchor.weights, anchor.inputs, None)
+    yield f"the format {anchor.formats}", lambda run: _formats(run) == formats
+    yield f"the algorithm {anchor.algo}", lambda run: run.algo == anchor.algo
+    if anchor.stages:
+        yield f"a pipeline of {' + '.join(anchor.stages)}", lambda run: _stages(run) == anchor.stages
+    if anchor.calib:
+        sequences = "" if anchor.calib_n is None else f"{anchor.calib_n} × "
+        words = f"calibration with {anchor.calib}, {sequences}{anchor.calib_length} tokens"
+        wanted = (anchor.calib, anchor.calib_n, anchor.calib_length)
+        yield words, lambda run: all(w in (None, own) for w, own in zip(wanted, _calibration(run), strict=True))
 
 
 def model_name(name: str) -> str:
-    """A model's name without folders, capitals and what marks the format of the checkpoint: "llama-2-7b"."""
-    return name.rstrip("/").rpartition("/")[2].lower().removesuffix("-hf")
+    """A model's name without folders, capitals, publisher and what marks the format of the checkpoint: "llama-2-7b"."""
+    return name.rstrip("/").rpartition("/")[2].lower().removesuffix("-hf").removeprefix("meta-")
 
 
 def _formats(run: RunRow) -> tuple[str, str | None, str | None]:
@@ -168,8 +199,8 @@ def _calibration(run: RunRow) -> tuple[str | None, int | None, int | None]:
     return run.calib and _stem(run.calib), run.calib_n, run.calib_length
 
 
-def _wanted(anchor: Anchor) -> tuple[str | None, int | None, int | None]:
-    return anchor.calib, anchor.calib_n, anchor.calib_length
+def _stages(run: RunRow) -> tuple[str, ...]:
+    return tuple(each["name"] for each in run.spec.get("pipeline") or ())
 
 
 def _stem(text: str) -> str:

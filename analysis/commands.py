@@ -1,4 +1,5 @@
-"""The commands that answer questions: `qbench best`, `qbench recommend`, `qbench attribute`, `qbench align`.
+"""The commands that answer questions: `qbench best`, `qbench recommend`, `qbench pareto`, `qbench attribute`,
+`qbench align`.
 
 What they need is imported when they run.
 """
@@ -6,6 +7,7 @@ What they need is imported when they run.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +48,17 @@ def add_commands(commands: argparse._SubParsersAction, shared: argparse.Argument
     wishing.add_argument("--max-calib", metavar="TIME", help="to quantize within, such as 10min")
     wishing.add_argument("--rejected", type=int, default=5, metavar="N", help="misfits to show; default: %(default)s")
     wishing.set_defaults(command=_recommend)
+
+    weighing = commands.add_parser("pareto", parents=[shared], help="what no other point beats in accuracy and cost")
+    weighing.add_argument("--x", default="bits_per_weight", metavar="COST", help="or a metric; default: %(default)s")
+    weighing.add_argument("--y", default="ppl", metavar="METRIC", help="default: %(default)s")
+    weighing.add_argument("--model", help="only this model")
+    weighing.add_argument("--task", help="only this text or task")
+    weighing.add_argument(
+        "--allow", default="", metavar="MIXTURES", help="footnote instead of refusing: code, dirty, all"
+    )
+    weighing.add_argument("--out", metavar="FOLDER", type=Path, help="write the figures there: PDF, PNG, CSV")
+    weighing.set_defaults(command=_pareto)
 
     analysing = commands.add_parser("attribute", parents=[shared, asking], help="what the loss of quality is due to")
     analysing.add_argument("--algo", action="append", help="only these algorithms; repeatable")
@@ -110,6 +123,18 @@ def _recommend(database: Database, options: argparse.Namespace) -> int:
     return 0 if found and found.ranked else 1
 
 
+def _pareto(database: Database, options: argparse.Namespace) -> int:
+    from analysis.tables.front import fronts, fronts_table, write_fronts
+
+    allow = [each for each in options.allow.split(",") if each]
+    found = fronts(database, metric=options.y, cost=options.x, model=options.model, task=options.task, allow=allow)
+    _show(fronts_table(found, metric=options.y, cost=options.x), options, None)
+    if options.out is not None:
+        for path in write_fronts(found, options.out):
+            print(f"  wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
 def _attribute(database: Database, options: argparse.Namespace) -> int:
     from analysis.attribution import attribute
     from analysis.tables.attribution import attribution_table
@@ -135,8 +160,8 @@ def _asked(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _show(table: "Plain", options: argparse.Namespace, stem: str) -> int:
-    """Print the table, as JSON where that was asked for, and write its files."""
+def _show(table: "Plain", options: argparse.Namespace, stem: str | None) -> int:
+    """Print the table, as JSON where that was asked for, and write its files (without a `stem` it has none)."""
     from rich.console import Console
 
     from analysis.tables.render import OnTerminal, write
@@ -150,6 +175,6 @@ def _show(table: "Plain", options: argparse.Namespace, stem: str) -> int:
     if not console.is_terminal:  # a file has no width of its own
         console = Console(width=_FILE_COLUMNS)
     console.print(OnTerminal(table))
-    for path in write(table, options.out, stem) if options.out is not None else ():
+    for path in write(table, options.out, stem) if options.out and stem else ():
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
     return 0

@@ -6,7 +6,7 @@ yellow is left out as too faint on white.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -51,6 +51,15 @@ def marks(algorithms: Iterable[str]) -> dict[str, Mark]:
     return found
 
 
+def marks_in_order(labels: Sequence[str]) -> dict[str, Mark]:
+    """A mark for each label of an axis, the same for the same place; algorithms known by name keep theirs."""
+    own = {label: _KNOWN[label.lower()] for label in labels if label.lower() in _KNOWN}
+    pairs = zip("osD^vphd", (_BLUE, _ORANGE, _VERMILION, _GREEN, _PURPLE, _SKY, "#333333", "#888888"))
+    free = [mark for mark in (Mark(colour, marker) for marker, colour in pairs) if mark not in own.values()]
+    others = [label for label in labels if label not in own]
+    return own | {label: free[place % len(free)] for place, label in enumerate(others)}
+
+
 def house_style() -> AbstractContextManager[None]:
     """A context in which new figures have the house style; outside it matplotlib is as before."""
     return mpl.rc_context(
@@ -67,6 +76,7 @@ def house_style() -> AbstractContextManager[None]:
             "axes.axisbelow": True,
             "lines.markersize": 7,
             "legend.frameon": False,
+            "text.parse_math": False,  # names may have dollars in them
             "pdf.fonttype": 42,  # text stays text in the PDF
         }
     )

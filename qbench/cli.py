@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.commands import add_commands
+from analysis.drilldown import add_commands as add_drilldown
 from qbench.errors import QbenchError, SpecError
 from qbench.store import queries
 from qbench.store.database import Database
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and (not takes_more or any(each.startswith("-") for each in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest  # argparse takes no more positional arguments once an option has come
-        if options.command in (_doctor, _fill):  # they don't need a database to be there
+        if options.command in (_doctor, _fill, _findings):  # they don't need a database to be there
             return options.command(options)
         with Database(options.store, create=options.command is _merge) as database:
             return options.command(database, options)
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     reporting = commands.add_parser("report", parents=[shared], help="write everything as one HTML file")
     reporting.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s")
+    reporting.add_argument("--tables", metavar="NAMES", default="all", help="declared tables: all, none or t2,t7")
+    reporting.add_argument("--allow", metavar="WHAT", default="", help="mixtures to footnote: code,dirty or all")
     reporting.set_defaults(command=_report)
 
     exporting = commands.add_parser("export", parents=[shared], help="write a table for other programs")
@@ -116,7 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     filling.set_defaults(command=_fill)
 
+    finding = commands.add_parser("findings", help="write what the declared tables say about published takeaways")
+    finding.add_argument("--store", metavar="URL", default=DEFAULT_STORE, help="default: %(default)s")
+    finding.add_argument("--size", choices=("demo", "paper", "tiny"), default="demo", help="default: %(default)s")
+    finding.add_argument("--out", metavar="FILE", type=Path, default=Path("findings.md"), help="default: %(default)s")
+    finding.add_argument("--allow", metavar="WHAT", default="", help="mixtures to footnote: code,dirty or all")
+    finding.add_argument("--takeaways", metavar="FILE", type=Path, help="a .yaml of your own instead of the paper's")
+    finding.set_defaults(command=_findings)
+
     add_commands(commands, shared)
+    add_drilldown(commands, shared)
 
     checking = commands.add_parser("doctor", parents=[shared], help="check this machine, install optional parts")
     checking.add_argument("--install", choices=["opencompass"], help="install an optional part in its own environment")
@@ -210,6 +222,12 @@ def _fill(options: argparse.Namespace) -> int:
     return fill.main(options)
 
 
+def _findings(options: argparse.Namespace) -> int:
+    from qbench import findings  # imports Hydra and torch
+
+    return findings.main(options)
+
+
 def _compare(database: Database, options: argparse.Namespace) -> int:
     from analysis.compare import compare  # here: the other commands do without statistics
     from analysis.tables.comparison import RenderedComparison
@@ -229,7 +247,13 @@ def _compare(database: Database, options: argparse.Namespace) -> int:
 def _report(database: Database, options: argparse.Namespace) -> int:
     from analysis.report.page import write_report
 
-    return _done(write_report(database, options.out, options.store), options)
+    allow = [each for each in options.allow.split(",") if each]
+    tables = None
+    if options.tables != "none":
+        from qbench.shown import shown_tables  # imports Hydra and torch
+
+        tables = list(shown_tables(database, options.tables, allow))
+    return _done(write_report(database, options.out, options.store, tables, allow), options)
 
 
 def _export(database: Database, options: argparse.Namespace) -> int:

@@ -14,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qbench.assets import ModelAsset, resolve_model
 from qbench.calibration.corpora import Corpus, resolve_corpus
+from qbench.calibration.order import SHUFFLES
 from qbench.checks import choice, flag, integer
 from qbench.engine.loop import Recipe
 from qbench.errors import SpecError
 from qbench.evaluation import evaluator
-from qbench.evaluation.base import Evaluation
+from qbench.evaluation.base import CalibrationEvaluation, Evaluation
 from qbench.formats.scheme import Scheme
 from qbench.scheme import build_scheme
 from qbench.spec import CalibrationSpec, ModelSpec, RunSpec
@@ -129,11 +130,13 @@ def freeze(config: DictConfig) -> Point:
 
 
 def baseline(point: Point) -> Point:
-    """The full-precision point that `point` is compared with: same model and evaluations, nothing quantized."""
+    """The full-precision point that `point` is compared with: same model and evaluations (but those of a calibration,
+    which it does without), nothing quantized."""
     spec = RunSpec(algo="none", model=point.spec.model)
     return Point(
-        **{f: getattr(point, f) for f in ("evaluations", "model", "device", "source", "resume_s")},
+        **{f: getattr(point, f) for f in ("model", "device", "source", "resume_s")},
         spec=spec,
+        evaluations=tuple(each for each in point.evaluations if not isinstance(each, CalibrationEvaluation)),
         calibration=None,
         pipeline=Pipeline(()),
         scheme=None,
@@ -145,6 +148,7 @@ def _calibration(node: Mapping[str, Any], needs_data: bool) -> tuple[Calibration
     """Checked even where nothing looks at the text; then it is not part of the run."""
     n, length = integer("calib.n", node["n"], 1), integer("calib.length", node["length"], 2)
     sampler, seed = choice("calib.sampler", node["sampler"], SAMPLERS), integer("calib.seed", node["seed"], 0)
+    shuffle = choice("calib.shuffle", node["shuffle"], SHUFFLES)
     if node["name"] == "text" and node["path"] is None:
         raise SpecError("calib.path", None, 'with calib=text: a .txt file, or a .jsonl file with a "text" in each row')
     if node["name"] != "text" and node["path"] is not None:
@@ -158,7 +162,8 @@ def _calibration(node: Mapping[str, Any], needs_data: bool) -> tuple[Calibration
         sampler=sampler,
         n=n,
         length=length,
-        seed=seed if sampler == "random" else None,
+        seed=seed if sampler == "random" or shuffle != "none" else None,
+        shuffle=None if shuffle == "none" else shuffle,
     )
     return spec, corpus
 

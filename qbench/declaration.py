@@ -6,6 +6,8 @@ to. `qbench.fill` makes points of them.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -34,11 +36,13 @@ _SIZE_KEYS = ("set", "models", "axes", "repeat")
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One place on an axis: its label, the settings it adds and, where its cells show another one, its metrics."""
+    """One place on an axis: its label, the settings it adds and, where its cells show another one, its metrics.
+    variant: what stands behind the comma of the names of its cells' metrics."""
 
     label: str
     settings: tuple[str, ...]
     metric: tuple[str, ...] = ()
+    variant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,8 @@ class Declaration:
     def _wish(self, row: tuple[Level, ...], column: tuple[Level, ...]) -> CellWish:
         added = [setting for level in (*row, *column) for setting in level.settings]
         metric = next((level.metric for level in (*column[::-1], *row[::-1]) if level.metric), self.metric)
+        if variant := next((level.variant for level in (*column[::-1], *row[::-1]) if level.variant), ""):
+            metric = tuple(f"{name},{variant}" for name in metric)
         repeats = tuple(last_wins([*self.settings, *added, *more]) for more in self.repeat)
         axes = (*self.rows, *self.columns)
         labels = {axis.name: level.label for axis, level in zip(axes, (*row, *column), strict=True)}
@@ -138,9 +144,13 @@ def tables_dir() -> Path:
 
 
 def declared_names(folder: Path) -> list[str]:
-    """The tables of a folder in reading order: t2 before t10."""
-    names = (path.stem for path in folder.glob("*.yaml") if path.name != SHARED)
-    return sorted(names, key=lambda name: (not name[1:].isdigit(), int(name[1:]) if name[1:].isdigit() else 0, name))
+    """The tables of a folder in reading order: t2 before t10 before t10b, then those without number."""
+
+    def place(name: str) -> tuple[float, str]:
+        found = re.fullmatch(r"[a-z](\d+)([a-z]*)", name)
+        return (int(found[1]), found[2]) if found else (math.inf, name)
+
+    return sorted((path.stem for path in folder.glob("*.yaml") if path.name != SHARED), key=place)
 
 
 def load(name: str, size: str, folder: Path | None = None) -> Declaration:
@@ -210,10 +220,12 @@ def _levels(where: str, node: object) -> tuple[Level, ...]:
         raise SpecError(where, node, "a list of values, each with a label and what it sets")
     found = []
     for each in node:
-        _only(where, each, ("label", "set", "metric"))
+        _only(where, each, ("label", "set", "metric", "variant"))
         metric = _metric(f"{where}.metric", each["metric"]) if "metric" in each else ()
         settings = _settings(f"{where}.set", each.get("set", []))
-        found.append(Level(label=_text(f"{where}.label", each.get("label")), settings=settings, metric=metric))
+        variant = _text(f"{where}.variant", each["variant"]) if "variant" in each else ""
+        label = _text(f"{where}.label", each.get("label"))
+        found.append(Level(label=label, settings=settings, metric=metric, variant=variant))
     labels = [level.label for level in found]
     if len(set(labels)) < len(labels):
         raise SpecError(where, labels, "every label once")

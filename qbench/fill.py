@@ -20,6 +20,7 @@ from analysis.claims import MIXTURES
 from analysis.tables import declared_text
 from analysis.tables.checked import checked
 from analysis.tables.declared import Cell, Declared, Wanted
+from analysis.tables.figure import write_figure
 from analysis.tables.filled import filled, superseded_specs
 from analysis.tables.plain import PlainTable
 from qbench.checks import choice
@@ -239,7 +240,10 @@ def _draw(table: Composed, options: SweepOptions, allow: Sequence[str], console:
     console.print(declared_text.Rendered(found))
     texts = {"tex": declared_text.latex(found), "md": declared_text.markdown(found)}
     texts["csv"] = declared_text.frame(found).to_csv(index=False)
-    _write(console, f"{table.declared.name}-{table.declared.size}", options.results, texts)
+    stem = f"{table.declared.name}-{table.declared.size}"
+    _write(console, stem, options.results, texts)
+    for path in write_figure(found, options.results / "tables" / stem):
+        console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -9,6 +9,7 @@ data, algorithm and number format becomes a row in a database.
   python -m qbench ... dry_run=true                show the plan, run nothing
   qbench ls | qbench show <run>                    read the database
   qbench compare <run> <run>                       which of two is better, and whether that can be said
+  qbench why <run> <run> | qbench layers <run>     why they differ, down to the layer; maps of layers' errors
   qbench eval <run> eval=zeroshot                  measure finished runs again, with other evaluations
   qbench fill t7 --size demo                       run what a declared table still needs, and draw it
   qbench best | recommend | attribute | align      best practice, recipes for a budget, causes, published figures
@@ -80,6 +81,7 @@ calib=c4-sample              calibration text: c4-sample, wikipedia-sample, code
                              technical-sample, multilingual-sample, tinystories-sample, pydoc;
                              or calib=text calib.path=<.txt, or .jsonl with "text">
 calib.n=16 calib.length=512 calib.sampler=random|sequential calib.seed=${seed}
+calib.shuffle=none|sentences|words|tokens    destroy the order inside every window (words: of each sentence)
 eval=perplexity              what is measured; several at once: eval=perplexity+zeroshot eval.zeroshot.limit=100
   perplexity: eval.corpora=[wikipedia-sample] or eval.path=<.txt or .jsonl>, eval.length=512 (tokens per
         window), eval.n=20 (windows; null: all), eval.batch=null, eval.mode=prefill|decode
@@ -90,7 +92,10 @@ eval=perplexity              what is measured; several at once: eval=perplexity+
         eval.limit=null eval.num_fewshot=null eval.data_dir=null (null: the hub)
   fidelity: KL, agreement and continuations against full precision; eval.length=512 eval.n=20
         eval.cache_gb=2 eval.greedy.n=16 eval.greedy.prompt=64 eval.greedy.tokens=64
+  layers: kurtosis of weights and inputs, cosine of outputs, by type of layer; eval.length=512 eval.n=20
   needle: eval.lengths=[512,1024,2048] eval.depths=[0,0.25,0.5,0.75,1] eval.n=10
+  token_kl: test tokens against calibration tokens, without the model; eval.length=512 eval.n=20 eval.alpha=0.1
+        eval.definition=null|wikitext2|ptb|c4|c4_new (how eval.path is read)
   opencompass: eval.datasets=[piqa,...] eval.limit eval.data_dir; qbench doctor --install opencompass
 seed=0  device=auto|cpu|cuda  dtype=float32|bfloat16|float16
 source=memory|stream         stream: read the checkpoint block by block (models larger than memory)

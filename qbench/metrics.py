@@ -11,14 +11,16 @@ from typing import Literal
 TOKENIZER_FREE = frozenset({"zeroshot", "opencompass", "rolling"})
 
 #: Stored units that say no more than the label.
-_PLAIN = ("ppl", "share", "fraction", "score", "bits/byte", "bits")
+_PLAIN = ("ppl", "share", "fraction", "score", "bits/byte", "bits", "kurtosis", "cosine")
 
 _ITEMS = {
     "perplexity": "windows",
     "decode": "windows",
     "fidelity": "windows",
+    "token_kl": "windows",
     "rolling": "documents",
     "needle": "needles",
+    "layers": "blocks",
 }
 
 
@@ -45,6 +47,11 @@ class MetricInfo:
     def arrow(self) -> str:
         """The better direction, ↑ or ↓; empty where there is none."""
         return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    @property
+    def family(self) -> str:
+        """The label without the variant that the name has behind a comma."""
+        return self.label.removesuffix(self.name.partition(",")[2]).rstrip()
 
 
 def _lower(name: str, label: str, quantity: str, **more: object) -> MetricInfo:
@@ -78,6 +85,11 @@ _KNOWN = (
         against_full=True,
     ),
     _higher("mean_dp", "mean Δp", "mean change of the true token's probability", unit="%", against_full=True),
+    MetricInfo(
+        name="token_kl", label="token KL", quantity="KL divergence of test from calibration tokens", unit="nats"
+    ),
+    MetricInfo(name="unseen_tokens", label="unseen", quantity="test tokens that calibration has not seen"),
+    MetricInfo(name="token_overlap", label="overlap", quantity="test tokens in runs that calibration has too"),
     _higher("greedy_divergence", "diverges", "tokens until the first difference", unit="tokens", against_full=True),
     _higher(
         *("greedy_divergence_median", "diverges, median", "median tokens until the first difference"),
@@ -89,6 +101,9 @@ _KNOWN = (
     _higher("greedy_distinct", "distinct", "distinct tokens in greedy continuations"),
     _higher("needle_choice", "needle, choice", "needles chosen right", headline=True),
     _higher("needle_exact", "needle, exact", "needles repeated exactly"),
+    MetricInfo(name="weight_kurtosis", label="K weights", quantity="kurtosis of the weights before rounding"),
+    MetricInfo(name="input_kurtosis", label="K inputs", quantity="kurtosis of the inputs before quantization"),
+    _higher("output_cosine", "cosine", "cosine of the outputs with those in full precision", against_full=True),
     _higher("acc", "acc", "accuracy", headline=True),
     _higher("acc_norm", "acc_norm", "accuracy, normalized by length", headline=True),
     _higher("acc_bytes", "acc_bytes", "accuracy, normalized by bytes"),
@@ -111,7 +126,8 @@ _BY_NAME = {each.name: each for each in _KNOWN}
 def metric_info(name: str, *, higher_is_better: bool | None = None, unit: str = "") -> MetricInfo:
     """What is known of the metric; `higher_is_better` and `unit` as stored with a value win over the registry.
 
-    `name` may carry lm-eval's filter behind a comma ("exact_match,flexible-extract"). An unknown name is its own
+    `name` may carry a variant behind a comma: lm-eval's filter ("exact_match,flexible-extract"), a type of layer
+    ("input_kurtosis,q_proj"). An unknown name is its own
     label, without a direction unless one is given.
     """
     base, _, variant = name.partition(",")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from qbench.engine.sinks import Ledger, Weights, parameter_bytes
 from qbench.engine.source import Source
 from qbench.engine.threads import threads
 from qbench.errors import NumericsError, SpecError
-from qbench.evaluation.base import Evaluation, Subject, WindowEvaluation
+from qbench.evaluation.base import CalibrationEvaluation, Evaluation, Subject, WindowEvaluation
 from qbench.evaluation.perplexity import stream_nll
 from qbench.export.hf import StreamExport, export_memory
 from qbench.formats.scheme import Scheme
@@ -102,10 +102,30 @@ def measure_again(
     resume_root: Path,
     progress: Progress,
 ) -> None:
-    """Rebuild a finished run and append the measurements (and the export) it lacks, on as many threads as it ran on.
+    """Append the measurements (and the export) that a finished run lacks. What reads its texts alone is taken at once;
+    for everything else the run is rebuilt, on as many threads as it ran on.
 
     Raises NumericsError if the rebuilt codes are not the run's: then the number would belong to another model.
     """
+    of_texts, others = _split(missing)
+    found, failed = _measure_texts(point, of_texts, session)
+    database.append(row.id, found, failures=[each.record for each in failed])
+    if others or point.export is not None:
+        failed += _rebuild(point, row, others, session, database, resume_root, progress)
+    if failed:
+        raise failed[0].error
+
+
+def _rebuild(
+    point: Point,
+    row: RunRow,
+    missing: tuple[Evaluation, ...],
+    session: Session,
+    database: Database,
+    resume_root: Path,
+    progress: Progress,
+) -> tuple[Failed, ...]:
+    """Carry the run out once more for these measurements (and the export), and append them; those that failed."""
     memory, folder = PeakMemory(point.device), _resume_folder(resume_root, point)
     with threads(queries.environment(database, row.environment_id).threads):
         computed = compute(point, missing, session, Phases(), memory, folder, progress)
@@ -115,8 +135,7 @@ def measure_again(
             "library versions); use another store.url for this environment"
         )
     database.append(row.id, computed.measurements, computed.artifacts, [each.record for each in computed.failed])
-    if computed.failed:
-        raise computed.failed[0].error
+    return computed.failed
 
 
 def _resume_folder(root: Path, point: Point) -> Path:
@@ -142,7 +161,7 @@ def columns(point: Point) -> RunColumns:
         kv_bits=nominal_bits(cache.key) if cache else None,
         group_size=weight.group_size if weight and not weight.tiled else None,
         symmetric=weight.symmetric if weight else None,
-        calib=calibration.corpus if calibration else None,
+        calib=calibration.label if calibration else None,
         calib_n=calibration.n if calibration else None,
         calib_length=calibration.length if calibration else None,
         calib_seed=calibration.seed if calibration else None,
@@ -164,6 +183,7 @@ def compute(
 ) -> Computed:
     """Quantize, measure and export; touches no database."""
     started = time.perf_counter()
+    of_texts, evaluations = _split(evaluations)
     with phases("load"):
         loaded = session.source(point)
         calibration = session.calibration(point)
@@ -175,7 +195,9 @@ def compute(
     job = _Job(point, evaluations, calibration, source, session, phases, resume)
     carry_out = job.in_memory if point.source == "memory" else job.streamed
     ledger, measurements, artifacts = carry_out(progress)
-    failed = tuple(job.failed)
+    with phases("evaluate"):
+        found, failed = _measure_texts(point, of_texts, session)
+    measurements, failed = [*measurements, *found], (*job.failed, *failed)
     sizes = _sizes(source, ledger, DTYPES[point.spec.model.dtype])
     outcome = Outcome(
         **sizes,
@@ -190,6 +212,45 @@ def compute(
     )
     layers = tuple(LayerMetric(block=b, module=m, name=n, value=v) for b, m, n, v in (*source.metrics, *ledger.metrics))
     return Computed(outcome, tuple(measurements), layers, tuple(artifacts), failed)
+
+
+def _split(
+    evaluations: Sequence[Evaluation],
+) -> tuple[tuple[CalibrationEvaluation, ...], tuple[Evaluation, ...]]:
+    """Those that read the run's texts alone, and those that need its model."""
+    of_texts = tuple(each for each in evaluations if isinstance(each, CalibrationEvaluation))
+    return of_texts, tuple(each for each in evaluations if not isinstance(each, CalibrationEvaluation))
+
+
+def _measure_texts(
+    point: Point, evaluations: Sequence[CalibrationEvaluation], session: Session
+) -> tuple[list[Measurement], list[Failed]]:
+    """What evaluations that need no model give, and those that fail."""
+    context, failed = session.context(point), []
+    each = (_guarded(evaluation, partial(evaluation.of_texts, context), failed) for evaluation in evaluations)
+    return [measurement for found in each for measurement in found], failed
+
+
+def _guarded(
+    evaluation: Evaluation, measure: Callable[[], list[Measurement]], failed: list[Failed]
+) -> list[Measurement]:
+    """What `measure` gives; nothing if it fails, which must not cost the run its other measurements: it is added to
+    `failed`."""
+    try:
+        return measure()
+    except Exception as error:
+        spec = evaluation.spec
+        record = Failure(
+            evaluator=spec.evaluator,
+            protocol=spec.protocol,
+            task=spec.task,
+            spec_key=spec.key(),
+            error_type=type(error).__name__,
+            message=_one_line(error),
+            trace=traceback.format_exc(),
+        )
+        failed.append(Failed(record, error))
+        return []
 
 
 @dataclass(frozen=True)
@@ -207,17 +268,18 @@ class _Job:
 
     def in_memory(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """Quantize all blocks, then evaluate token-major on the model that holds the decoded weights."""
-        ledger, weights = Ledger(), Weights(self.source.prefix)
+        ledger, weights, before = Ledger(), Weights(self.source.prefix), None
         if self.point.recipe is not None:
             with self.phases("quantize"):
                 result = self._pass(progress)
-            ledger, weights = result.ledger, result.weights
+            ledger, weights, before = result.ledger, result.weights, result.unrounded
             release_free_memory()
         measurements, artifacts = [], []
         with self.phases("evaluate"):
-            subject = self.session.subject(self.point, self.source, weights)
+            subject = self.session.subject(self.point, self.source, weights, before)
             for evaluation in self.evaluations:
-                measurements += self._guarded(evaluation, partial(self._measured, evaluation, subject, progress))
+                measure = partial(self._measured, evaluation, subject, progress)
+                measurements += _guarded(evaluation, measure, self.failed)
         if self.point.export is not None:
             with self.phases("export"), weights.inside(self.source.model) as model:
                 artifacts.append(export_memory(self.point.export, model, self.point.model))
@@ -226,24 +288,6 @@ class _Job:
     def _measured(self, evaluation: Evaluation, subject: Subject, progress: Progress) -> list[Measurement]:
         report = partial(progress, f"evaluate {evaluation.spec.task}")
         return evaluation.measure(replace(subject, batch=evaluation.batch), report)
-
-    def _guarded(self, evaluation: Evaluation, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
-        """What `measure` gives; nothing if it fails, which must not cost the run its other measurements."""
-        try:
-            return measure()
-        except Exception as error:
-            spec = evaluation.spec
-            record = Failure(
-                evaluator=spec.evaluator,
-                protocol=spec.protocol,
-                task=spec.task,
-                spec_key=spec.key(),
-                error_type=type(error).__name__,
-                message=_one_line(error),
-                trace=traceback.format_exc(),
-            )
-            self.failed.append(Failed(record, error))
-            return []
 
     def streamed(self, progress: Progress) -> tuple[Ledger, list[Measurement], list[Artifact]]:
         """One pass over the blocks on disk: quantize one, push evaluation streams through it, export it, drop it."""
@@ -259,7 +303,7 @@ class _Job:
             for evaluation, tokens, stream in zip(evaluations, windows, result.evaluations, strict=True):
                 named = partial(progress, f"evaluate {evaluation.spec.task}")
                 nll = stream_nll(self.source, stream, tokens, named, result.weights.head)
-                measurements += self._guarded(evaluation, partial(evaluation.measurements, nll, context))
+                measurements += _guarded(evaluation, partial(evaluation.measurements, nll, context), self.failed)
         with self.phases("export"):
             artifacts = [export.close(result.weights.head)] if export is not None else []
         return result.ledger, measurements, artifacts
@@ -273,6 +317,7 @@ class _Job:
             self.calibration,
             evaluations=windows,
             keep_weights=self.point.source == "memory",
+            keep_unrounded=any(each.keeps_unrounded for each in self.evaluations),
             structures=self.session.structure_cache(self.point.model),
             receive=export.receive if export is not None else lambda finished: None,
             resume=self.resume,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qbench.assets import ModelAsset, cache_dir
 from qbench.calibration.corpora import Corpus, tokenize
+from qbench.calibration.order import Units, find_units, shuffle
 from qbench.calibration.samplers import random, sequential
 from qbench.compose import DTYPES, Point
 from qbench.engine.passes import StructureCache
@@ -36,6 +37,7 @@ class Session:
     """Caches by content. Only one model is held at a time: a sweep over models loads each when its turn comes."""
 
     tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    units: dict[tuple[str, str], Units] = field(default_factory=dict)
     structures: dict[str, StructureCache] = field(default_factory=dict)
     skeletons: dict[str, PreTrainedModel] = field(default_factory=dict)
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
@@ -89,18 +91,25 @@ class Session:
         if wanted is None:
             return None
         ids = self.ids(point.calibration, point.model)
+        places = torch.arange(len(ids))
         if wanted.sampler == "sequential":
-            return sequential(ids, wanted.n, wanted.length)
-        return random(ids, wanted.n, wanted.length, wanted.seed)
+            places = sequential(places, wanted.n, wanted.length)
+        else:
+            places = random(places, wanted.n, wanted.length, wanted.seed)
+        if wanted.shuffle is None:
+            return ids[places]
+        units = None if wanted.shuffle == "tokens" else self._units(point, wanted.shuffle).at(places)
+        return shuffle(ids[places], wanted.shuffle, wanted.seed, units)
 
     def context(self, point: Point) -> PointContext:
         """What the point's evaluations may look at before weights are loaded."""
         return PointContext(self, point)
 
-    def subject(self, point: Point, source: Source, weights: Weights) -> Subject:
+    def subject(self, point: Point, source: Source, weights: Weights, before: Weights | None = None) -> Subject:
         """The point's model as its evaluations see it."""
         fingerprint = f"{point.model.fingerprint}-{point.spec.model.dtype}"
-        return Subject(self.context(point), source.model, weights, partial(self.model, point), fingerprint)
+        full = partial(self.model, point)
+        return Subject(self.context(point), source.model, weights, full, fingerprint, before=before)
 
     def preflight(self, point: Point) -> None:
         """Everything that can be refused from the configuration and the texts, before any weights load.
@@ -124,6 +133,17 @@ class Session:
         if key not in self.tokens:
             self.tokens[key] = tokenize(corpus, self.tokenizer(model))
         return self.tokens[key]
+
+    def _units(self, point: Point, wanted: str) -> Units:
+        """Words and sentences of the calibration text, token by token."""
+        tokenizer, corpus = self.tokenizer(point.model), point.calibration
+        if not tokenizer.is_fast:
+            reason = f"tokens: the tokenizer of {point.model.name} does not say where words and sentences are"
+            raise SpecError("calib.shuffle", wanted, reason)
+        key = (corpus.fingerprint, point.model.fingerprint)
+        if key not in self.units:
+            self.units[key] = find_units(tokenizer, corpus.text())
+        return self.units[key]
 
     def _check_rotation(self, point: Point) -> None:
         """Try the rotation on one random block of the model's shape; once per model and rotation."""
@@ -161,6 +181,13 @@ class PointContext:
 
     def tokens(self, corpus: Corpus) -> Tensor:
         return self.session.ids(corpus, self.point.model)
+
+    def calibration(self) -> Tensor | None:
+        return self.session.calibration(self.point)
+
+    @property
+    def pipeline(self) -> str:
+        return self.point.spec.algo
 
     def quantizes_at_run_time(self) -> str | None:
         point = self.point

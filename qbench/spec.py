@@ -35,7 +35,8 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """`n` sequences of `length` tokens of one text; `seed` is None where the sampler draws nothing."""
+    """`n` sequences of `length` tokens of one text; `seed` is None where nothing is drawn. `shuffle` says what stands
+    in another order inside every sequence; None, as in all specs older than it, is left out of keys and rows."""
 
     corpus: str
     fingerprint: str
@@ -43,6 +44,12 @@ class CalibrationSpec:
     n: int
     length: int
     seed: int | None
+    shuffle: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables call the text: its name, and what is shuffled."""
+        return self.corpus if self.shuffle is None else f"{self.corpus}, {self.shuffle} shuffled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,8 @@ class RunSpec:
         del tagged["algo"], tagged["model"]["name"]
         if self.calibration is not None:
             del tagged["calibration"]["corpus"]
+            if self.calibration.shuffle is None:
+                del tagged["calibration"]["shuffle"]
         return {"key_scheme": KEY_SCHEME, **tagged}
 
     def key(self) -> str:
@@ -90,6 +99,8 @@ class RunSpec:
     def describe(self) -> dict:
         """Everything, labels included, as plain values for the `run.spec` column."""
         values = asdict(self)
+        if self.calibration is not None and self.calibration.shuffle is None:
+            del values["calibration"]["shuffle"]
         for stage in values["pipeline"]:
             stage["options"] = dict(stage["options"])
         if self.scheme is not None:

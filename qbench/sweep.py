@@ -98,7 +98,8 @@ def with_baselines(points: Sequence[Point]) -> list[Point]:
     """The points, each once with all that is to be measured of it, after the full-precision points they are compared
     with."""
     unique: dict[tuple, Point] = {}
-    for point in (*map(baseline, points), *points):
+    baselines = [each for each in map(baseline, points) if each.evaluations]
+    for point in (*baselines, *points):
         identity = (point.spec.key(), str(point.export))
         known = unique.get(identity)
         unique[identity] = point if known is None else _with_evaluations(known, point.evaluations)
@@ -279,7 +280,7 @@ def _settings(point: Point) -> dict[str, str]:
     if spec.calibration is not None:
         c = spec.calibration
         seed = "" if c.seed is None else f", seed {c.seed}"
-        settings["calibration"] = f"{c.corpus}, {c.n} x {c.length} tokens, {c.sampler}{seed}"
+        settings["calibration"] = f"{c.label}, {c.n} x {c.length} tokens, {c.sampler}{seed}"
     for stage in spec.pipeline:
         if stage.options:
             settings[stage.name] = ", ".join(f"{name}={value}" for name, value in stage.options)

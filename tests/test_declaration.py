@@ -83,6 +83,19 @@ def test_undefined_cells_have_a_reason_and_levels_metrics_of_their_own(tmp_path)
     assert cells["G", "2"].metric == ("ppl",)
 
 
+def test_a_variant_stands_behind_the_comma_of_every_metric(tmp_path):
+    rows = [{"name": "Layer", "values": [{"label": "q", "variant": "q_proj"}, {"label": "all"}]}]
+    columns = [{"name": "Q", "values": [{"label": "K", "metric": ["kurtosis", "k"]}, {"label": "C"}]}]
+    found = load(written(tmp_path, TABLE | {"rows": rows, "columns": columns, "metric": "cosine"}), "tiny")
+    cells = {(row[0].label, column[0].label): wish.metric for row, column, wish in found.cells()}
+    assert cells == {
+        ("q", "K"): ("kurtosis,q_proj", "k,q_proj"),
+        ("q", "C"): ("cosine,q_proj",),
+        ("all", "K"): ("kurtosis", "k"),
+        ("all", "C"): ("cosine",),
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -104,6 +117,12 @@ def test_what_is_not_as_expected_is_refused_in_one_line(tmp_path, change, messag
         load(written(tmp_path, TABLE | change), "tiny")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_are_listed_in_reading_order(tmp_path):
+    for name in ("cost", "t10b", "t10", "t2", "t9", "sizes", "t1"):
+        (tmp_path / f"{name}.yaml").write_text("")
+    assert declared_names(tmp_path) == ["t1", "t2", "t9", "t10", "t10b", "cost"]
 
 
 def test_unknown_tables_and_sizes_name_the_known_ones():

@@ -21,7 +21,7 @@ LAYERS = (
     {"models", "evaluation", "export"},
     {"scheme_weights", "scheme", "compose", "preflight", "session", "run", "measure", "progress", "sweep"}
     | {"rebuild", "noise"},
-    {"cli", "command", "composition", "declaration", "doctor", "fill", "help", "taxonomy"}
+    {"cli", "command", "composition", "declaration", "doctor", "fill", "findings", "help", "shown", "taxonomy"}
     | {"__main__"},
 )
 BESIDE = {("export", "models"), ("evaluation", "models")}

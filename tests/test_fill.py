@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import sqlite3
@@ -12,7 +13,7 @@ import yaml
 
 import qbench.run
 from qbench.__main__ import main
-from qbench.declaration import load
+from qbench.declaration import load, tables_dir
 from qbench.errors import SpecError
 from qbench.fill import seconds, varied
 
@@ -230,6 +231,7 @@ def test_an_empty_database_is_drawn_with_what_is_missing(work, capsys):
         ("t4", {"bits", "weight_format", "options", "algo"}),
         ("t9", {"kv_format"}),
         ("t10", {"algo", "options", "bits", "weight_format", "calib"}),
+        ("t10b", {"algo", "options", "bits", "weight_format", "calib"}),
     ],
 )
 def test_what_the_axes_vary_is_no_deviation(name, expected):
@@ -267,3 +269,31 @@ def test_times(text, expected):
 def test_what_is_no_time(text):
     with pytest.raises(SpecError):
         seconds(text)
+
+
+def test_kurtosis_and_cosines_are_added_to_the_runs_of_another_table(tmp_path, monkeypatch, capsys):
+    """T3 of the paper, in its own size but for fewer rows, on runs that have been there before."""
+    short = yaml.safe_load((tables_dir() / "t3.yaml").read_text())
+    short["sizes"]["tiny"]["axes"]["Transformation"] = [
+        {"label": "none", "set": ["algo=rtn"]},
+        {"label": "QuaRot", "set": ["algo=quarot"]},
+    ]
+    sizes = yaml.safe_load((tables_dir() / "sizes.yaml").read_text())
+    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump(sizes))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(short))
+    monkeypatch.chdir(tmp_path)
+    work = Work(monkeypatch)
+    settings = ("scheme=w4a4", "model=tiny", "calib=pydoc", "calib.n=2", "calib.length=128")
+    assert main(["-m", "algo=rtn,quarot", *settings, "eval.corpora=[pydoc-heldout]", "eval.n=2", "eval.length=64"]) == 0
+    assert work.of("eval.n=2", "eval.length=64") == (0, 0, 3)
+    assert work.of("eval.n=2", "eval.length=64") == (0, 0, 0)
+    assert "K inputs" in capsys.readouterr().out
+    with open("results/tables/own-tiny.csv") as file:
+        found = {(row["Layer"], row["Transformation"], row["Quantity"]): row for row in csv.DictReader(file)}
+    assert len(found) == 7 * (2 * 3 + 2)  # full precision has no cosine with itself
+    assert {row["n"] for row in found.values()} == {"4.0"} or {row["n"] for row in found.values()} == {"4"}
+    inputs = {place[:2]: float(row["value"]) for place, row in found.items() if place[2] == "inputs"}
+    assert inputs["down", "QuaRot"] < 0.2 * inputs["down", "full precision"]
+    assert inputs["down", "none"] == inputs["down", "full precision"]
+    cosines = {place[:2]: float(row["value"]) for place, row in found.items() if place[2] == "outputs"}
+    assert all(0.8 < value < 1 for value in cosines.values())

@@ -20,6 +20,8 @@ from qbench.metrics import items_of, metric_info
         ("top1_agreement", "↑", "mean"),
         ("word_perplexity", "↓", "exp_mean"),
         ("bits_per_byte", "↓", "mean"),
+        ("output_cosine,q_proj", "↑", "mean"),
+        ("input_kurtosis,q_proj", "", "mean"),
         ("something_new", "", "mean"),
     ],
 )
@@ -66,3 +68,9 @@ def test_the_registry_is_a_leaf():
     script = "import sys, qbench.metrics; print(*({'torch', 'numpy', 'sqlalchemy'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_a_family_is_the_label_without_the_variant():
+    names = ("input_kurtosis,q_proj", "exact_match,flexible-extract", "new,one", "ppl")
+    assert [metric_info(name).family for name in names] == ["K inputs", "exact match", "new", "PPL"]
+    assert metric_info("input_kurtosis,q_proj").label == "K inputs q_proj"

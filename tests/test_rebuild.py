@@ -52,6 +52,8 @@ SETTINGS = [
     ("algo=tesseraq", "bits=2"),
     ("algo=none",),
     ("algo=hqq",),
+    ("algo=gptq", "calib.shuffle=words"),
+    ("algo=gptq", "calib.shuffle=tokens", "calib.sampler=sequential", "calib.seed=3"),
     ("algo=gptq", "format=int", "scale_dtype=int8", "act_bits=8"),
     ("algo=rtn", "overrides=[{modules:down_proj,bits:8},{blocks:[0,-1],skip:true},{modules:lm_head,bits:8}]"),
     ("algo=rtn", "kv_bits=4", "kv.layout=token", "format=none", "overrides=[{blocks:[0],kv_bits:8}]"),

@@ -13,8 +13,8 @@ from qbench.store.database import Database
 TITLES: Mapping[str, str] = {
     "output_error": "output error E‖ΔWx‖²/E‖Wx‖²",
     "weight_error": "weight error ‖ΔW‖²/‖W‖²",
-    "cosine": "cosine of the outputs",
-    "kurtosis": "kurtosis",
+    "output_cosine": "cosine of the outputs before and after rounding",
+    "weight_kurtosis": "kurtosis of the weights before rounding",
     "stream_error": "stream error behind the block",
 }
 #: Numbers in one file: beyond it the oldest runs go without maps, and the page says so.

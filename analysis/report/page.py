@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -13,16 +14,24 @@ from sqlalchemy import make_url
 
 from analysis.report.layers import layers
 from analysis.report.results import results
+from analysis.report.sections import Shown, sections
 from qbench.errors import AssetError
 from qbench.store.database import Database
 
-_SCRIPTS = ("core.js", "filter.js", "table.js", "front.js", "pareto.js", "layers.js", "run.js", "main.js")
+_SCRIPTS = ("core.js", "filter.js", "table.js", "front.js", "pareto.js", "layers.js", "run.js")
+_SCRIPTS += ("sections.js", "main.js")
 
 
-def write_report(database: Database, out: Path, store: str) -> dict[str, Any]:
-    """Write the report of `database` to `out`; how many runs and bytes it has. `store` is the address to name in it,
-    its password left out. Raises AssetError where the file cannot be written."""
-    data = report_data(database, store)
+def write_report(
+    database: Database, out: Path, store: str, declared: Sequence[Shown] | None = None, allow: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write the report of `database` to `out`; how many runs and bytes it has.
+
+    `store` is the address to name in it, its password left out. `declared` are the declared tables to show (None:
+    nobody looked for any), `allow` the mixtures that other tables footnote instead of refusing them
+    (`analysis.claims`). Raises AssetError where the file cannot be written.
+    """
+    data = report_data(database, store, declared, allow)
     text = page(data)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -32,10 +41,13 @@ def write_report(database: Database, out: Path, store: str) -> dict[str, Any]:
     return {"runs": len(data["ids"]), "bytes": len(text.encode()), "out": str(out)}
 
 
-def report_data(database: Database, store: str) -> dict[str, Any]:
+def report_data(
+    database: Database, store: str, declared: Sequence[Shown] | None = None, allow: Collection[str] = ()
+) -> dict[str, Any]:
     """All that the page knows, as JSON values."""
     data = results(database)
     data["layers"] = layers(database, {run_id: index for index, run_id in enumerate(data["ids"])})
+    data["sections"] = sections(database, declared, allow)
     data["store"] = make_url(store).render_as_string(hide_password=True)
     data["made"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return data

@@ -10,6 +10,7 @@ from analysis.noise import noise_floors
 from analysis.pairing import info_of, pair
 from analysis.style import marks
 from analysis.tables.labels import is_baseline, point_labels
+from analysis.tables.sweep import best_points
 from qbench.errors import EvaluationError
 from qbench.metrics import items_of
 from qbench.store import queries
@@ -158,10 +159,11 @@ def _evaluations(
             "againstFull": int(info.against_full),
             "items": items_of(evaluator),
             **{"evaluator": evaluator, "protocol": protocol, "task": task, "specKey": spec_key},
-            **{column: [] for column in ("run", "value", "stderr", "n", "delta", "deltaStderr", "noise")},
+            **{column: [] for column in ("run", "value", "stderr", "n", "delta", "deltaStderr", "noise", "best")},
         }
         by_run = {each.run_id: each for each in metrics}
         samples = queries.clustered_samples_of(database, [each.id for each in metrics])
+        best = best_points(info, rows, [by_run.get(row.id) for row in rows], samples)
         for each in metrics:
             row = rows[position[each.run_id]]
             reference = baselines.get((row.model, row.dtype))
@@ -177,6 +179,7 @@ def _evaluations(
             record["delta"].append(_short(delta))
             record["deltaStderr"].append(_short(delta_stderr))
             record["noise"].append(_short(noise))
+            record["best"].append(int(row.key in best))
         found.append(record)
     return sorted(found, key=lambda record: (-record["headline"], -len(record["run"])))
 

@@ -1,7 +1,7 @@
 """`qbench compare` on a terminal: `rich.print(RenderedComparison(comparison))`."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -29,18 +29,19 @@ class RenderedComparison:
     """Metrics with their tests, what the verdicts mean in full, sizes and costs, settings, and what is missing."""
 
     comparison: Comparison
+    heading: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         found = self.comparison
-        for side, run, label in zip("AB", (found.a, found.b), found.labels, strict=True):
+        for side, run, label in zip("AB", (found.a, found.b), found.labels, strict=True) if self.heading else ():
             yield Text(f"{side}: run {run.id}, {label} ({run.model}, key {run.key[:12]})", style="bold")
         if found.rows:
             yield from self._metrics()
         else:
             yield Text("no metric that both runs have under the same protocol")
-        yield _pairs("sizes and costs", _cost_rows(found))
+        yield difference_table("sizes and costs", _cost_rows(found))
         if found.settings:
-            yield _pairs("settings that differ", [(path, _short(x), _short(y)) for path, x, y in found.settings])
+            yield difference_table("settings that differ", found.settings)
         for what, reason in found.refused:
             yield Text(f"not compared: {what}: {reason}", style="yellow")
         for each in found.lacking:
@@ -94,13 +95,14 @@ def _cost_rows(found: Comparison) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _pairs(title: str, rows: list[tuple[str, str, str]]) -> Table:
+def difference_table(title: str, rows: Sequence[tuple[str, object, object]]) -> Table:
+    """(what, A's, B's) in three columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column(title, overflow="fold")
     for side in "AB":
         table.add_column(side, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for what, *values in rows:
+        table.add_row(Text(what), *(Text(short_setting(value)) for value in values))
     return table
 
 
@@ -122,10 +124,10 @@ def _p(value: float | None) -> str:
     return "< 1e-6" if value < 1e-6 else f"{value:.2g}"
 
 
-def _short(value: object) -> str:
+def short_setting(value: object) -> str:
     """A setting in one cell: the plain values of a mapping as name=value, without versions; "" for what is absent."""
     if isinstance(value, Mapping):
-        inner = [(name, _short(item)) for name, item in value.items() if name not in ("version", "fingerprint")]
+        inner = [(name, short_setting(item)) for name, item in value.items() if name not in ("version", "fingerprint")]
         plain = [f"{name}={text}" if not isinstance(value[name], Mapping) else text for name, text in inner if text]
         text = ", ".join(plain) or "yes"
     else:

@@ -13,14 +13,14 @@ from rich.text import Text
 
 from analysis.tables.declared import Filled, FilledTable, Row
 
-_ABSENT = {"missing": "not run", "stale": "stale", "failed": "failed", "running": "running", "undefined": "–"}
+ABSENT = {"missing": "not run", "stale": "stale", "failed": "failed", "running": "running", "undefined": "–"}
 _LEGEND = "* best, or not distinguishable from it (paired, Holm, α = .05)"
 _DELTAS = "Δ: difference from full precision ± paired standard error"
 _LARGE = 1e5
 
 
 @dataclass(frozen=True)
-class _Styled:
+class Styled:
     """The parts of a cell as text; `mark` has the letters of its footnotes."""
 
     value: str
@@ -37,7 +37,7 @@ class Rendered:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         table, declared = self.table, self.table.declared
-        styled, notes = _styled(table)
+        styled, notes = styled_cells(table)
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
         for axis in declared.row_axes:
             drawn.add_column(axis, overflow="fold")
@@ -50,12 +50,12 @@ class Rendered:
                 text = f"{cell.value}{'*' if cell.best else ''}{cell.mark and f' [{cell.mark}]'}"
                 text += f"\n{cell.delta}" if cell.delta else ""
                 texts.append(Text(text, style={"failed": "red", "missing": "dim", "stale": "dim"}.get(found.state, "")))
-            drawn.add_row(*map(Text, _unrepeated(row.labels, previous)), *texts)
+            drawn.add_row(*map(Text, unrepeated(row.labels, previous)), *texts)
             previous = row.labels
         yield Text(f"{declared.name.upper()} ({declared.size}). {declared.title}", style="bold")
         yield drawn
         yield Text(table.caption, style="italic")
-        for line in _legend(table, notes):
+        for line in legend(table, notes):
             yield Text(line)
 
 
@@ -67,7 +67,7 @@ def headers(table: FilledTable) -> list[tuple[str, ...]]:
 def latex(table: FilledTable) -> str:
     """A `table` environment that needs the package booktabs alone."""
     declared = table.declared
-    styled, notes = _styled(table)
+    styled, notes = styled_cells(table)
     left, columns = len(declared.row_axes), headers(table)
     lines = [
         f"% qbench fill {declared.name} --size {declared.size}; runs {', '.join(map(str, table.run_ids)) or 'none'}",
@@ -98,17 +98,17 @@ def latex(table: FilledTable) -> str:
     for row, cells in zip(table.rows, styled, strict=True):
         if previous and len(row.labels) > 1 and row.labels[0] != previous[0]:
             lines.append(r"\addlinespace")
-        labels = [tex(label) for label in _unrepeated(row.labels, previous)]
+        labels = [tex(label) for label in unrepeated(row.labels, previous)]
         lines.append(f"{' & '.join([*labels, *map(_tex_cell, cells)])} \\\\")
         previous = row.labels
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\footnotesize {tex(line)}" for line in _legend(table, notes, star=r"bold:")]
+    lines += [rf"\par\footnotesize {tex(line)}" for line in legend(table, notes, star=r"bold:")]
     return "\n".join([*lines, r"\end{table}", ""])
 
 
 def markdown(table: FilledTable) -> str:
     declared = table.declared
-    styled, notes = _styled(table)
+    styled, notes = styled_cells(table)
     header = [*declared.row_axes, *(" ".join(part for part in parts if part) for parts in headers(table))]
     lines = [
         f"**{declared.name.upper()} ({declared.size}). {md(declared.title)}.** {md(table.caption)}",
@@ -123,7 +123,7 @@ def markdown(table: FilledTable) -> str:
             delta = f" ({cell.delta})" if cell.delta else ""
             texts.append(f"{value}{delta}{cell.mark and f' [{cell.mark}]'}")
         lines.append(f"| {' | '.join(texts)} |")
-    lines += ["", *(f"- {md(line)}" for line in _legend(table, notes, star="bold:"))]
+    lines += ["", *(f"- {md(line)}" for line in legend(table, notes, star="bold:"))]
     return "\n".join([*lines, ""])
 
 
@@ -142,7 +142,7 @@ def frame(table: FilledTable) -> pd.DataFrame:
     return pd.DataFrame.from_records(records)
 
 
-def _styled(table: FilledTable) -> tuple[list[list[_Styled]], dict[str, str]]:
+def styled_cells(table: FilledTable) -> tuple[list[list[Styled]], dict[str, str]]:
     """The cells as text, rows by columns, and the footnotes by letter."""
     decimals = [_decimals([row.cells[j] for row in table.rows]) for j in range(len(table.declared.columns))]
     notes: dict[str, str] = {}
@@ -159,18 +159,18 @@ def _styled(table: FilledTable) -> tuple[list[list[_Styled]], dict[str, str]]:
     return styled, notes
 
 
-def _cell(row: Row, cell: Filled, places: int, mark: str) -> _Styled:
+def _cell(row: Row, cell: Filled, places: int, mark: str) -> Styled:
     if row.full_precision and cell.value is None:
-        return _Styled("", "", best=False, mark="")
+        return Styled("", "", best=False, mark="")
     if cell.value is None:
-        return _Styled(_ABSENT.get(cell.state, ""), "", best=False, mark=mark)
+        return Styled(ABSENT.get(cell.state, ""), "", best=False, mark=mark)
     value = _number(cell.value, places)
     if cell.delta is not None:
         error = "" if cell.delta_stderr is None else f" ± {_number(cell.delta_stderr, places)}"
         delta = f"{_number(cell.delta, places, sign='+')}{error}"
     else:
         delta = "" if cell.stderr is None else f"± {_number(cell.stderr, places)}"
-    return _Styled(value, delta, best=cell.best, mark=mark)
+    return Styled(value, delta, best=cell.best, mark=mark)
 
 
 def _decimals(cells: Sequence[Filled]) -> int:
@@ -193,15 +193,17 @@ def _number(value: float, places: int, sign: str = "") -> str:
 
 
 def _metric_of(table: FilledTable, column: int) -> str:
-    """The metric of a column, where all its cells show the same; else that it was declared with."""
+    """The metric of a column, where all its cells show the same or variants of it; else that it was declared with."""
     infos = [row.cells[column].info for row in table.rows if row.cells[column].info is not None]
-    labels = dict.fromkeys(f"{i.label}{f', {i.unit}' if i.unit else ''} {i.arrow}".rstrip() for i in infos)
-    if labels:
-        return " or ".join(labels)
-    return " or ".join(dict.fromkeys(row[column].metric[0] for row in table.declared.cells))
+    same = len({info.name for info in infos}) == 1
+    labels = (f"{i.label if same else i.family}{f', {i.unit}' if i.unit else ''} {i.arrow}".rstrip() for i in infos)
+    if infos:
+        return " or ".join(dict.fromkeys(labels))
+    names = list(dict.fromkeys(row[column].metric[0] for row in table.declared.cells))
+    return " or ".join(dict.fromkeys(name.partition(",")[0] for name in names) if len(names) > 1 else names)
 
 
-def _legend(table: FilledTable, notes: dict[str, str], star: str = "*") -> list[str]:
+def legend(table: FilledTable, notes: dict[str, str], star: str = "*") -> list[str]:
     cells = [cell for row in table.rows for cell in row.cells]
     lines = [f"{star}{_LEGEND[1:]}"] if any(cell.best for cell in cells) else []
     lines += [_DELTAS] if any(cell.delta is not None for cell in cells) else []
@@ -210,7 +212,7 @@ def _legend(table: FilledTable, notes: dict[str, str], star: str = "*") -> list[
     return [*lines, *table.notes, *(f"[{letter}] {note}" for letter, note in notes.items())]
 
 
-def _unrepeated(labels: tuple[str, ...], previous: tuple[str, ...]) -> list[str]:
+def unrepeated(labels: tuple[str, ...], previous: tuple[str, ...]) -> list[str]:
     """The labels without those that the row above has already said."""
     shown = list(labels)
     for place in range(min(len(labels) - 1, len(previous))):
@@ -226,7 +228,7 @@ def _letter(place: int) -> str:
     return last if place < 26 else _letter(place // 26 - 1) + last
 
 
-def _tex_cell(cell: _Styled) -> str:
+def _tex_cell(cell: Styled) -> str:
     value = tex(cell.value)
     text = rf"\textbf{{{value}}}" if cell.best else value
     text += rf" {{\scriptsize {tex(cell.delta)}}}" if cell.delta else ""

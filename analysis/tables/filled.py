@@ -36,14 +36,14 @@ _ALPHA = 0.05
 def filled(database: Database, declared: Declared) -> FilledTable:
     """The table as far as the database has it. EvaluationError where a cell would have to mix what must not be."""
     wanted = [each for row in declared.cells for cell in row for each in cell.wanted]
-    look = _Look(database, wanted)
+    look = Look(database, wanted)
     cells = [[look.cell(cell, declared.aggregate) for cell in row] for row in declared.cells]
     _mark_best(declared, cells, look)
     rows: list[Row] = []
     above: tuple | None = None
-    several = any(len({_baseline(cell) for cell in column if cell.wanted}) > 1 for column in zip(*declared.cells))
+    several = any(len({baseline_of(cell) for cell in column if cell.wanted}) > 1 for column in zip(*declared.cells))
     for labels, row, found in zip(declared.rows, declared.cells, cells, strict=True):
-        baselines = tuple(_baseline(cell) for cell in row)
+        baselines = tuple(baseline_of(cell) for cell in row)
         known = tuple(new if new.wanted else old for new, old in zip(baselines, above or baselines, strict=True))
         if known != above:
             above = known
@@ -75,7 +75,7 @@ def superseded_specs(database: Database, wanted: Sequence[Wanted]) -> set[str]:
     return {each.key for each in absent if _without_versions(each.spec) in older}
 
 
-class _Look:
+class Look:
     """Everything of the database that a table needs, read at once."""
 
     def __init__(self, database: Database, wanted: Sequence[Wanted]) -> None:
@@ -169,7 +169,7 @@ class _Look:
         value = float(np.mean([metric.value for metric in metrics]))
         stderr = metrics[0].stderr if len(metrics) == 1 else _stderr(_influences(items))
         delta = delta_stderr = None
-        base = [] if info.against_full else self.items(_baseline(cell))
+        base = [] if info.against_full else self.items(baseline_of(cell))
         base *= len(items) // max(1, len(base))  # the same for every repeat
         alike = [(a.spec_key, a.name) for a, _ in items] == [(b.spec_key, b.name) for b, _ in base]
         if alike and cell.wanted[0].key != cell.wanted[0].baseline:
@@ -243,7 +243,7 @@ def _stderr(influences: Sequence[_Influence] | None) -> float | None:
     return math.hypot(*parts)
 
 
-def _mark_best(declared: Declared, cells: list[list[Filled]], look: _Look) -> None:
+def _mark_best(declared: Declared, cells: list[list[Filled]], look: Look) -> None:
     """Mark, in place, the cells that are the best of those they are compared with, or not distinguishable from it."""
     groups: dict[tuple, list[tuple[int, int]]] = {}
     for i, row in enumerate(cells):
@@ -254,7 +254,7 @@ def _mark_best(declared: Declared, cells: list[list[Filled]], look: _Look) -> No
             place = {"column": (j,), "group": (j, *declared.rows[i][:-1]), "row": (i,)}.get(declared.best)
             if place is not None:
                 spec_keys = tuple(each.spec_keys for each in wish.wanted)
-                groups.setdefault((place, _baseline(wish).wanted, spec_keys, cell.info.name), []).append((i, j))
+                groups.setdefault((place, baseline_of(wish).wanted, spec_keys, cell.info.name), []).append((i, j))
     for places in groups.values():
         tied = _tied([look.items(declared.cells[i][j]) for i, j in places], cells[places[0][0]][places[0][1]].info)
         for (i, j), best in zip(places, tied, strict=True):
@@ -291,7 +291,7 @@ def _tied(candidates: Sequence[Items], info: MetricInfo) -> list[bool]:
     return [bool(math.isnan(p) or p >= _ALPHA) for p in adjusted]
 
 
-def _baseline(cell: Cell) -> Cell:
+def baseline_of(cell: Cell) -> Cell:
     """The cell of the full-precision run that this one is compared with; without runs where the cell is undefined."""
     once = {
         each.baseline: Wanted(key=each.baseline, baseline=each.baseline, spec_keys=each.spec_keys)
@@ -308,7 +308,7 @@ def _full_labels(labels: tuple[str, ...], several: bool) -> tuple[str, ...]:
     return ("full precision",)
 
 
-def _caption(declared: Declared, rows: Sequence[Row], look: _Look) -> str:
+def _caption(declared: Declared, rows: Sequence[Row], look: Look) -> str:
     shown = [cell for row in rows if not row.full_precision for cell in row.cells if cell.state == "done"]
     if not shown:
         return f"{declared.caption} Nothing has been measured yet: qbench fill {declared.name} --size {declared.size}."

@@ -132,7 +132,7 @@ def sweep_table(database: Database, keys: Sequence[str], spec_keys: Sequence[str
     frame = frame.astype(dict.fromkeys((*measured, *_COSTS), "float64"))
     for each in evaluations:
         of_rows = [by_run.get((row.id, each.spec_key, each.metric.name)) for row in rows]
-        best = _best(each.metric, rows, of_rows, samples)
+        best = best_points(each.metric, rows, of_rows, samples)
         frame[each.best] = [key in best for key in frame["key"]]
     return SweepTable(frame=frame, evaluations=evaluations, caption=_caption(rows, evaluations, metrics))
 
@@ -184,7 +184,7 @@ def _cells(
     return cells | {evaluation.delta: delta, evaluation.delta_stderr: stderr}
 
 
-def _best(
+def best_points(
     info: MetricInfo, rows: Sequence[RunRow], metrics: Sequence[MetricRow | None], samples: Mapping[int, Samples]
 ) -> set[str]:
     """Keys of the quantized points that are the best of their model or not distinguishable from it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from qbench.calibration.moments import kurtosis
 from qbench.calibration.statistics import Hessian, Statistic
 from qbench.formats import QTensor
 from qbench.formats.ranges import extrema
@@ -26,9 +27,10 @@ def layer_metrics(
 ) -> list[tuple[str, str, float]]:
     """(weight, metric, value) for every weight of `groups`, whose float values `block` still holds.
 
-    weight_error: ‖ΔW‖² / ‖W‖², and the same as sqnr in dB. output_error: E‖ΔW x‖² / E‖W x‖² where the stage collected
-    a Hessian. clip_ratio: length of the range that codes cover as a share of the weights' own, mean over blocks, at
-    most 1. solve_s: the stage's seconds, shared out by the weights' sizes.
+    weight_error: ‖ΔW‖² / ‖W‖², and the same as sqnr in dB. weight_kurtosis: E[(w - μ)⁴] / σ⁴ over all elements of W
+    before rounding. Where the stage collected a Hessian, output_error: E‖ΔW x‖² / E‖W x‖², and output_cosine: between
+    W x and (W + ΔW) x over all tokens. clip_ratio: length of the range that codes cover as a share of the weights' own,
+    mean over blocks, at most 1. solve_s: the stage's seconds, shared out by the weights' sizes.
     """
     found: list[tuple[str, str, float]] = []
     total = sum(ref.out_features * ref.in_features for group in groups for ref in group.weights)
@@ -41,9 +43,13 @@ def layer_metrics(
             error = ratio(delta.square().sum(), weight.square().sum())
             found.append((ref.name, "weight_error", error))
             found.append((ref.name, "sqnr_db", -10 * math.log10(error) if error > 10 ** (-EXACT_DB / 10) else EXACT_DB))
+            if (tails := kurtosis(weight)) is not None:
+                found.append((ref.name, "weight_kurtosis", tails))
             if hessian is not None:
-                changed, whole = (delta @ hessian * delta).sum(), (weight @ hessian * weight).sum()
+                seen = weight @ hessian
+                changed, whole, cross = (delta @ hessian * delta).sum(), (seen * weight).sum(), (seen * delta).sum()
                 found.append((ref.name, "output_error", ratio(changed, whole)))
+                found.append((ref.name, "output_cosine", _cosine(changed, whole, cross)))
             if (clip := clip_ratio(weight, codes)) is not None:
                 found.append((ref.name, "clip_ratio", clip))
             found.append((ref.name, "solve_s", seconds * ref.out_features * ref.in_features / total))
@@ -65,6 +71,14 @@ def clip_ratio(weight: Tensor, codes: QTensor) -> float | None:
     if not bool(inside.any()):
         return 1.0
     return (covered[inside] / length[inside]).clamp_max(1).mean().item()
+
+
+def _cosine(changed: Tensor, whole: Tensor, cross: Tensor) -> float:
+    """Between y and y + e from E‖e‖², E‖y‖² and E⟨y, e⟩; 1 for 0 and 0."""
+    rounded = whole + 2 * cross + changed
+    if whole <= 0 and rounded <= 0:
+        return 1.0
+    return ratio(whole + cross, (whole.clamp_min(0) * rounded.clamp_min(0)).sqrt())
 
 
 def ratio(part: Tensor, whole: Tensor) -> float:

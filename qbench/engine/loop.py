@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.engine.activations import InputQuantizer
+from qbench.engine.fingerprints import fingerprints
 from qbench.engine.kv import CacheQuantizer
 from qbench.engine.layer_metrics import layer_metrics
 from qbench.engine.observations import Observations
@@ -100,6 +101,7 @@ def quantize_block(
     recipe: Recipe,
     streams: Streams,
     report: Report = lambda step, steps, loss: None,
+    before_rounding: Callable[[nn.Module], None] = lambda block: None,
 ) -> FinishedBlock:
     """Quantize `block`, number `index` of `count`, in place (it must be the caller's own copy); push the streams on.
 
@@ -107,7 +109,8 @@ def quantize_block(
     before the first that rounds, the ranges of what is quantized at run time are calibrated on the (transformed) block;
     a stage that needs the quantized stream settles group by group inside the one trip that also advances it; stages
     that learn see what enters the block on both streams. A stage after rounding makes the quantized stream take the
-    block again. report: how far a stage that learns has come in this block, with its loss.
+    block again. report: how far a stage that learns has come in this block, with its loss. before_rounding: called once
+    with the block as all earlier stages have left it.
     """
     check_finite(block, f"block {index}")
     pipeline = recipe.pipeline
@@ -123,6 +126,7 @@ def quantize_block(
             continue
         if stage.kind >= Kind.ROUND and work.run_time is None:
             work.run_time = work.calibrated()
+            before_rounding(block)
         if stage.kind == Kind.ROUND and any(need.stream == "quantized" for need in stage.needs):
             work.observations.start_quantized(pipeline.needs("quantized"))
             streams.quantized.settle(
@@ -322,7 +326,7 @@ class _Work:
         if self.recipe.pipeline.keeps_ranges(stage):
             self.ranges |= outcome.ranges
         self.codes |= outcome.codes
-        self.metrics += outcome.metrics
+        self.metrics += (*outcome.metrics, *fingerprints(stage, outcome, groups))
 
     def guard(self, stage: Stage) -> None:
         """Raises NumericsError unless the transformed block still computes the full-precision function."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qbench.engine.fingerprints import identity_of
 from qbench.engine.loop import FinishedBlock, Recipe, Streams, quantize_block
 from qbench.engine.probe import evenly_spaced
-from qbench.engine.resume import ResumePoint, identity_of
+from qbench.engine.resume import ResumePoint
 from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.source import Source, signature_of
 from qbench.engine.streams import Stream, chunked
@@ -48,11 +50,13 @@ class StructureCache:
 @dataclass(frozen=True)
 class PassResult:
     """Ledger of the pass, decoded weights and run-time quantization (empty unless kept), evaluation streams behind the
-    last block."""
+    last block. unrounded: the weights as they were before rounding, with what their inputs go through (None unless
+    kept)."""
 
     ledger: Ledger
     weights: Weights
     evaluations: tuple[Stream, ...]
+    unrounded: Weights | None = None
 
 
 @torch.no_grad()
@@ -63,6 +67,7 @@ def run_pass(
     *,
     evaluations: tuple[Tensor, ...] = (),
     keep_weights: bool = True,
+    keep_unrounded: bool = False,
     structures: StructureCache | None = None,
     receive: Callable[[FinishedBlock], None] = lambda finished: None,
     resume: ResumePoint | None = None,
@@ -72,8 +77,13 @@ def run_pass(
     """Quantize every block of `source` under `recipe` (None: leave them as they are).
 
     calibration: token windows [n, length] for recipes that look at data. evaluations: token windows whose hidden
-    states follow behind the quantized blocks. receive: called with each finished block (exporters).
+    states follow behind the quantized blocks. receive: called with each finished block (exporters). A pass that keeps
+    unrounded weights starts at the first block: resume points have none.
     """
+    if keep_unrounded and resume is not None:
+        resume.discard()
+        resume = None
+    unrounded = Weights(source.prefix) if keep_unrounded and recipe is not None else None
     structures = structures or StructureCache()
     pipeline = recipe.pipeline if recipe is not None else None
     streams = Streams()
@@ -105,12 +115,17 @@ def run_pass(
     def report(index: int, step: int, steps: int, loss: float) -> None:
         learning(index + step / steps, source.count, f"step {step}/{steps}, loss {loss:.3g}")
 
+    def keep(index: int, block: nn.Module) -> None:
+        if unrounded is not None:
+            unrounded.receive(FinishedBlock(index, copy.deepcopy(block)))
+
     for index in range(first, source.count):
         block = source.block(index)
         finished = FinishedBlock(index, block)
         if recipe is not None:
             structure = structures.structure(block, sample_calls[index], sample_hidden, folds=transforms)
-            finished = quantize_block(block, structure, index, source.count, recipe, streams, partial(report, index))
+            told = partial(report, index), partial(keep, index)
+            finished = quantize_block(block, structure, index, source.count, recipe, streams, *told)
             ledger.receive(finished, source.dtype)
             if keep_weights:
                 weights.receive(finished)
@@ -126,7 +141,7 @@ def run_pass(
     if head is not None:
         ledger.receive_head(head)
         weights.head = head.dequantize()
-    return PassResult(ledger, weights, followers)
+    return PassResult(ledger, weights, followers, unrounded)
 
 
 def quantized_head(source: Source, scheme: Scheme) -> QTensor | None:
@@ -138,14 +153,17 @@ def quantized_head(source: Source, scheme: Scheme) -> QTensor | None:
         return quantize(model.get_output_embeddings().weight.detach().float(), fmt)
 
 
-def embed(source: Source, model: nn.Module, windows: Tensor, batches: Iterable[int] = ()) -> Stream:
-    """Stream of token windows [n, length]; how blocks are called on so many windows at once is captured along."""
+def embed(
+    source: Source, model: nn.Module, windows: Tensor, batches: Iterable[int] = (), *, tokens: int | None = None
+) -> Stream:
+    """Stream of token windows [n, length]; how blocks are called on so many windows at once is captured along. tokens:
+    of a chunk."""
     chunks, calls = [], {}
-    for tokens in chunked(windows):
-        hidden, of_blocks = capture_calls(model, tokens.to(source.device))
+    for ids in chunked(windows) if tokens is None else chunked(windows, tokens):
+        hidden, of_blocks = capture_calls(model, ids.to(source.device))
         chunks.append(hidden)
-        calls.setdefault(tuple(tokens.shape), of_blocks)
-    for tokens in (windows[:size] for size in batches):
-        if tuple(tokens.shape) not in calls:
-            calls[tuple(tokens.shape)] = capture_calls(model, tokens.to(source.device))[1]
+        calls.setdefault(tuple(ids.shape), of_blocks)
+    for ids in (windows[:size] for size in batches):
+        if tuple(ids.shape) not in calls:
+            calls[tuple(ids.shape)] = capture_calls(model, ids.to(source.device))[1]
     return Stream(chunks, calls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -10,7 +9,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qbench.engine.activations import InputQuantizer
 from qbench.engine.kv import CacheQuantizer
@@ -27,8 +25,9 @@ class ResumePoint:
     """State of one pass under `folder`, which carries the run's key; written at most every `interval_s` seconds.
 
     A point holds the hidden states of every stream, the ledger, and the decoded weights of the blocks so far (those
-    in separate files, written once). A short run never writes one. `identity` (see `identity_of`) says which pass it
-    belongs to: what a run evaluates and whether it keeps weights is not in its key, but decides what a point holds.
+    in separate files, written once). A short run never writes one. `identity` (see `fingerprints.identity_of`) says
+    which pass it belongs to: what a run evaluates and whether it keeps weights is not in its key, but decides what a
+    point holds.
     """
 
     def __init__(self, folder: Path, interval_s: float) -> None:
@@ -128,15 +127,3 @@ def _plain_transforms(transforms: dict[str, InputTransform]) -> dict[str, dict]:
 
 def _plain(params: QParams | None) -> dict | None:
     return None if params is None else {f.name: getattr(params, f.name) for f in fields(params)}
-
-
-def identity_of(*parts: object) -> str:
-    """sha256 (hex) of tensors by shape and value and of everything else by its text."""
-    state = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            state.update(f"{part.dtype} {list(part.shape)}\n".encode())
-            state.update(part.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            state.update(f"{part}\n".encode())
-    return state.hexdigest()

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qbench.engine.fingerprints import rotation_fingerprint
 from qbench.engine.loop import Recipe
 from qbench.engine.source import Source, signature_of
 from qbench.engine.spinquant import learned_rotation
@@ -214,7 +215,7 @@ def rotated(
         else:
             rotation, metrics = stage.rotation(recipe.seed, cache=quantizes_cache(recipe.scheme)), ()
         source = RotatedSource(source, rotation)
-        source.metrics += metrics
+        source.metrics += (*metrics, rotation_fingerprint(stage, rotation))
     return source
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from qbench.engine.sinks import Weights
@@ -54,6 +55,15 @@ class Context(Protocol):
         """Token ids of a whole text, int64 [total]."""
         ...
 
+    def calibration(self) -> Tensor | None:
+        """Token windows that the run is calibrated with, int64 [n, length]; None where it looks at no text."""
+        ...
+
+    @property
+    def pipeline(self) -> str:
+        """The name of the run's algorithm, for messages."""
+        ...
+
     def quantizes_at_run_time(self) -> str | None:
         """What the run quantizes while the model runs, in words ("inputs", "cache"); None: nothing."""
         ...
@@ -64,7 +74,8 @@ class Subject:
     """The model that is measured, full precision beside it.
 
     `model` is changed while one of the contexts is open and as it was afterwards. `full` gives the checkpoint's own
-    model, which may be the same object: not to be used inside the contexts. `batch` is `eval.batch`.
+    model, which may be the same object: not to be used inside the contexts. `batch` is `eval.batch`. `before` are the
+    weights before rounding, for evaluations that ask for them.
     """
 
     context: Context
@@ -73,6 +84,7 @@ class Subject:
     full: Callable[[], nn.Module]
     full_key: str
     batch: int | None = None
+    before: Weights | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -97,6 +109,10 @@ class Subject:
         """The model with quantized weights, inputs and, in one forward over whole sequences, key/value cache."""
         return self.weights.inside(self.model)
 
+    def unrounded(self) -> AbstractContextManager[nn.Module]:
+        """The full-precision model after the run's transformations: nothing rounded, nothing quantized."""
+        return (self.before or self.weights).inside(self.model)
+
     @contextmanager
     def decoding(self) -> Iterator[tuple[nn.Module, Callable[[], Cache]]]:
         """The model for work token by token, and a function that gives an empty cache, which quantizes what it holds
@@ -119,8 +135,12 @@ class Subject:
 class Evaluation(ABC):
     """One wanted measurement: its identity and how to take it. Frozen, and cheap to make: nothing is loaded."""
 
-    #: Whether a model that is read block by block (source=stream) can be measured: then it is a `WindowEvaluation`.
+    #: Whether a model that is read block by block (source=stream) can be measured: then it is a `WindowEvaluation`, or
+    #: one that reads no model.
     streams: ClassVar[bool] = False
+
+    #: Whether it also looks at the weights before rounding, which are kept for it: a second model in memory.
+    keeps_unrounded: ClassVar[bool] = False
 
     #: The option that `spec.length` comes from, for messages.
     length_option: ClassVar[str] = "eval.length"
@@ -148,5 +168,23 @@ class WindowEvaluation(Evaluation):
         """Token windows int64 [n, length]."""
 
     @abstractmethod
+    def clusters(self, context: Context, n: int) -> np.ndarray | None:
+        """For the first `n` windows the document in which each begins, int64 [n]; None where nothing is known."""
+
+    @abstractmethod
     def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
         """The numbers from the windows' mean losses in nats, float64 [n]."""
+
+
+class CalibrationEvaluation(Evaluation):
+    """An evaluation of what a run was calibrated with. It reads no model: a finished run is measured without being
+    rebuilt. A run without calibration is refused in `preflight`; full precision is not measured along."""
+
+    streams = True
+
+    @abstractmethod
+    def of_texts(self, context: Context) -> list[Measurement]:
+        """The numbers. Raises EvaluationError for what is no number."""
+
+    def measure(self, subject: Subject, report: Report) -> list[Measurement]:
+        return self.of_texts(subject.context)

@@ -75,7 +75,10 @@ class DocumentPerplexity(WindowEvaluation):
             return self.measurements(window_nll(model, windows, self.batch, report), subject.context)
 
     def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
-        return [perplexity(nll, self.spec, self._drawn(context)[1])]
+        return [perplexity(nll, self.spec, self.clusters(context, len(nll)))]
+
+    def clusters(self, context: Context, n: int) -> np.ndarray | None:
+        return self._drawn(context)[1][:n]
 
 
 def build(options: Mapping[str, Any], source: str) -> tuple[Evaluation, ...]:

@@ -121,8 +121,10 @@ class WindowPerplexity(WindowEvaluation):
             return self.measurements(window_nll(model, windows, self.batch, report), subject.context)
 
     def measurements(self, nll: Tensor, context: Context) -> list[Measurement]:
-        clusters = window_clusters(context.tokenizer(), self.corpus, self.spec.length, len(nll), self.separator)
-        return [perplexity(nll, self.spec, clusters)]
+        return [perplexity(nll, self.spec, self.clusters(context, len(nll)))]
+
+    def clusters(self, context: Context, n: int) -> np.ndarray | None:
+        return window_clusters(context.tokenizer(), self.corpus, self.spec.length, n, self.separator)
 
 
 @dataclass(frozen=True, kw_only=True)

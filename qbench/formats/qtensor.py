@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class QTensor:
 
     def sha256(self) -> str:
         """Digest of codes, scales, zero points and what gives them meaning: equal digests are equal weights."""
+        return self._sha256  # made once: the tensors are values, nobody writes into them
+
+    @cached_property
+    def _sha256(self) -> str:
         state = hashlib.sha256(f"{list(self.codes.shape)} in {self.format.element} {self.format.block}\n".encode())
         for part in (self.codes, self.scale, self.zero, self.order):
             if part is not None:

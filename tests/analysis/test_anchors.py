@@ -9,7 +9,7 @@ from analysis.tables.render import write
 from qbench.cli import main
 from tests.analysis.conftest import losses, measured
 
-GPTQ = next(each for each in anchors() if (each.algo, each.weights) == ("gptq", "int3_g128_asym"))
+GPTQ = next(each for each in anchors() if (each.algo, each.weights, each.value) == ("gptq", "int3_g128_asym", 6.318))
 SETTINGS = {
     **{"model": "meta-llama/Llama-2-7b-hf", "weight_format": "int3_g128_asym", "group_size": 128},
     **{"calib": "c4.train", "calib_n": 128, "calib_length": 2048},
@@ -62,14 +62,52 @@ def test_other_measurements_of_the_same_run_are_not_compared(database, store, ot
 
 def test_the_published_numbers_are_complete_and_drawn_from_any_database(database, store, tmp_path):
     published = anchors()
-    assert len(published) == 22
+    assert len(published) == 90
     assert all(np.isfinite(each.value) and each.url.startswith("https://") for each in published)
-    assert all(each.calib and each.calib_n and each.calib_length for each in published)
+    assert len({(each.source, each.algo, each.formats, each.task) for each in published}) == 90
+    assert {each.task for each in published if each.reading is None} == {"wikitext2", "c4_new", "ptb"}
     for name in ("empty", "one"):
         table = align_table(align(database))
-        assert "22 published numbers: 0 agrees, 0 differs, 22 missing" in table.caption
+        assert "90 published numbers: 0 agrees, 0 differs, 90 missing" in table.caption
         write(table, tmp_path, name)
         store("rtn", 4, measured(losses(1.0)), model=name)
+
+
+def anchored(**wanted) -> list:
+    return [each for each in anchors() if all(getattr(each, name) == value for name, value in wanted.items())]
+
+
+def test_a_pipeline_without_its_clipping_is_another_one(database, store):
+    stages = lambda *names: {"algo": "awq", "pipeline": [{"name": name} for name in names]}  # noqa: E731
+    settings = {"model": "meta-llama/Meta-Llama-3-8B", "weight_format": "int3_g128_asym"}
+    without, clipped = anchored(model="llama-3-8b", algo="awq")
+    store("awq", 3, value(8.57), spec=stages("awq_scale", "rtn"), **settings)
+    assert [each.status for each in align(database, [without, clipped])] == ["agrees", "missing"]
+    assert align(database, [clipped])[0].why == "a pipeline of awq_scale + awq_clip + rtn"
+
+
+def test_full_precision_is_compared_and_what_a_source_leaves_out_is_not(database, store):
+    (full,) = anchored(model="opt-125m", algo="none")
+    assert align(database, [full])[0].why == "a run of opt-125m"
+    store("rtn", 4, value(37.28), model="facebook/opt-125m", weight_format="int4_channel_asym", group_size=-1)
+    assert align(database, [full])[0].why == "full precision of it"
+    store("none", None, value(27.66), model="facebook/opt-125m", dtype="float16")
+    assert [each.status for each in align(database, anchored(model="opt-125m", task="wikitext2"))] == [
+        "agrees", "agrees", "missing", "missing",
+    ]  # fmt: skip
+    mine = anchored(calib="c4", calib_n=None, weights="int3_g128_asym", algo="gptq")
+    assert [each.task for each in mine] == ["wikitext2", "c4_new", "ptb"]
+    store("gptq", 3, value(8.385, task="c4_new.validation"), **(SETTINGS | {"calib_length": 512, "calib_n": 64}))
+    assert [each.status for each in align(database, mine)] == ["missing", "agrees", "missing"]
+
+
+def test_a_reading_that_no_evaluation_has_is_said_and_no_command_given(database, store):
+    (ptb,) = anchored(task="ptb_validation")
+    opt = {"model": "opt-125m", "weight_format": "int4_channel_asym", "group_size": -1}
+    store("gptq", 4, value(36.96), **(SETTINGS | opt))
+    why = align(database, [ptb])[0].why
+    assert "which no evaluation of qbench reads" in why
+    assert "qbench eval" not in why
 
 
 def test_models_go_by_their_names_without_folders():

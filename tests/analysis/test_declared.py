@@ -262,3 +262,20 @@ def test_what_holds_for_all_cells_is_said_once(database, store):
     assert len(table.notes) == 1
     assert all(text.count("uncommitted changes") == 1 for text in texts(table))
     assert "[a]" not in shown(table)
+
+
+def test_variants_of_one_metric_share_a_heading(database, store):
+    def variants(shift: float) -> list:
+        shared = {"spec_key": C4, "evaluator": "layers", "unit": "cosine"}
+        names = [f"output_cosine,{kind}" for kind in ("q_proj", "k_proj")]
+        return [measured(losses(shift), name=name, value=shift, stderr=None, **shared) for name in names]
+
+    full = store("none", None, *variants(1.0), environment=COMMIT)
+    key = store("gptq", 3, *variants(0.9), environment=COMMIT)
+    wish = [[cell(key, baseline=full, metric=f"output_cosine,{kind}")] for kind in ("q_proj", "k_proj")]
+    table = filled(database, declared(wish))
+    assert declared_text.headers(table) == [("W0", "cosine ↑")]
+    assert not any(row.full_precision for row in table.rows)
+    assert declared_text.headers(filled(database, declared(wish[:1]))) == [("W0", "cosine q_proj ↑")]
+    absent = [[cell(sha("x"), baseline=full, metric=f"output_cosine,{kind}")] for kind in ("q_proj", "k_proj")]
+    assert declared_text.headers(filled(database, declared(absent))) == [("W0", "output_cosine")]

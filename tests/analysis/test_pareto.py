@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from analysis.pareto import caption, draw, pareto_figures, pareto_front, plotted_rows, sideways_slots
+from analysis.front import pareto_front
+from analysis.pareto import caption, pareto_figures, plotted_rows
+from analysis.pareto_axes import draw, sideways_slots
 from analysis.style import house_style, marks
 from analysis.tables.sweep import sweep_table
 from qbench.store.records import Outcome
@@ -121,7 +123,7 @@ def test_labels_say_quantity_and_direction_and_the_caption_what_a_reader_needs(d
     assert axes.get_xlabel() == "bits per weight (better ←)"
     assert axes.get_title() == ""
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["full precision\n28.74", "front", "awq", "gptq", "rtn"]
+    assert labels == ["full precision\n28.74\nat 16 bits", "front", "awq", "gptq", "rtn"]
     for word in ("tiny", "c4-sample", "window-512", "40 windows", C4[:12]):
         assert word in caption(points, sweep_table(database, points["key"], [C4]).evaluations[0])
 
@@ -130,7 +132,7 @@ def test_no_two_points_hide_each_other():
     same = [4.3] * 6
     rows = pd.DataFrame(
         {
-            "bits_per_weight": [*same, 2.3],
+            "x": [*same, 2.3],
             "value": [30.0, 30.1, 30.2, 30.0, 60.0, 61.0, 30.0],
             "stderr": [0.5, 0.5, np.nan, 0.5, 0.5, 0.5, 0.5],
             "on_front": [False, False, False, True, False, False, True],

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from analysis import stats
-from analysis.pareto import draw, pareto_figures, plotted_rows
+from analysis.pareto import pareto_figures, plotted_rows
+from analysis.pareto_axes import draw
 from analysis.rankings import rank_agreement
 from analysis.tables.sweep import sweep_table
 from analysis.tables.terminal import Rendered

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
@@ -43,8 +44,14 @@ def test_errors_are_what_they_are_called():
     assert found["output_error"] == pytest.approx(
         ((x @ delta.T).norm() ** 2 / (x @ weight.T).norm() ** 2).item(), rel=1e-4
     )
+    kurtosis = scipy.stats.kurtosis(weight.double().numpy(), axis=None, fisher=False)
+    assert found["weight_kurtosis"] == pytest.approx(kurtosis, rel=1e-5)
+    before, after = x @ weight.T, x @ codes.dequantize().T
+    cosine = torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0).item()
+    assert found["output_cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert found["output_cosine"] < 0.999
     assert found["solve_s"] == 2.0
-    assert "output_error" not in _metrics(weight, codes)
+    assert not {"output_error", "output_cosine"} & _metrics(weight, codes).keys()
 
 
 def test_a_weight_that_its_format_holds_has_the_largest_sqnr():
@@ -54,6 +61,12 @@ def test_a_weight_that_its_format_holds_has_the_largest_sqnr():
     assert found["sqnr_db"] == EXACT_DB
     zero = torch.zeros(2, 8)
     assert _metrics(zero, quantize(zero, W3))["sqnr_db"] == EXACT_DB
+    assert "weight_kurtosis" not in _metrics(zero, quantize(zero, W3))
+    hessian = Hessian(8, torch.device("cpu"))
+    hessian.update(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+    for exact in (weight, zero):
+        found = _metrics(exact, quantize(exact, W3), {0: {Hessian: hessian}})
+        assert (found["output_error"], found["output_cosine"]) == (0, pytest.approx(1, abs=1e-6))
 
 
 def test_clip_ratio_is_the_share_of_the_range_that_codes_cover():

@@ -249,3 +249,20 @@ def test_progress_and_receivers_see_every_block_in_order_and_weights_are_kept_on
     assert all(len(codes) == 7 for _, codes in received)
     assert result.weights.tensors == {}
     assert len(result.ledger.digests) == 14
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_weights_before_rounding_are_kept_when_asked_and_change_nothing(name):
+    model, windows = _model(name)
+    plain = _run(model, recipe("awq"), windows)
+    kept = _run(model, recipe("awq"), windows, keep_unrounded=True)
+    assert plain.unrounded is None
+    assert comparable(kept.ledger) == comparable(plain.ledger)
+    expected = model(windows).logits
+    with kept.unrounded.inside(model):  # transformed: other weights, the same function
+        assert torch.allclose(model(windows).logits, expected, rtol=1e-3, atol=1e-4)
+    with kept.weights.inside(model):
+        assert not torch.allclose(model(windows).logits, expected, rtol=1e-2, atol=1e-2)
+    untouched = _run(model, recipe("rtn"), None, keep_unrounded=True).unrounded
+    assert untouched.tensors.keys() == kept.weights.tensors.keys()
+    assert all(torch.equal(value, model.get_parameter(path)) for path, value in untouched.tensors.items())

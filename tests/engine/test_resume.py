@@ -133,3 +133,15 @@ def test_a_point_of_another_pass_is_not_used(change, tmp_path):
     )
     assert left == [False] * BLOCKS  # from the first block on, with nothing of the other pass in the folder
     _same(found, _run(model, *data))
+
+
+def test_a_pass_that_keeps_weights_before_rounding_starts_at_the_first_block(tmp_path):
+    model, *data = _model()
+    folder, done = tmp_path / "key", []
+    with pytest.raises(_Stopped):
+        _run(model, *data, "gptq", ResumePoint(folder, 0), progress=_stop_after(2))
+    point = ResumePoint(folder, 0)
+    found = _run(model, *data, "gptq", point, progress=lambda n, _: done.append(n), keep_unrounded=True)
+    assert done == [1, 2, 3, 4]
+    assert len({path.split(".")[2] for path in found.unrounded.tensors}) == BLOCKS
+    assert not folder.exists()

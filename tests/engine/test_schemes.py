@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from qbench.engine import resume as resume_module
+from qbench.engine.fingerprints import identity_of
 from qbench.engine.loop import Recipe
 from qbench.engine.passes import run_pass
-from qbench.engine.resume import ResumePoint, identity_of
+from qbench.engine.resume import ResumePoint
 from qbench.engine.sinks import Ledger, Weights
 from qbench.engine.source import MemorySource, StreamSource
 from qbench.evaluation.decode import decode_nll

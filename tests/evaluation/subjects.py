@@ -27,6 +27,8 @@ class FakeContext:
     name: str = "tiny"
     skeleton: object = None
     ids: dict = field(default_factory=dict)
+    windows: torch.Tensor | None = None
+    pipeline: str = "none"
 
     def tokenizer(self):
         return load_tokenizer(tiny_asset())
@@ -35,6 +37,9 @@ class FakeContext:
         if corpus.fingerprint not in self.ids:
             self.ids[corpus.fingerprint] = tokenize(corpus, self.tokenizer())
         return self.ids[corpus.fingerprint]
+
+    def calibration(self):
+        return self.windows
 
     def quantizes_at_run_time(self):
         return None

@@ -10,7 +10,9 @@ from qbench.evaluation import evaluator
 
 PROTOCOLS = {
     "fidelity": ["kl-512", "greedy-128"],
+    "layers": ["layers-512"],
     "decode": ["decode-512"],
+    "token_kl": ["unigram-512"],
     "needle": ["needle-512", "needle-1024", "needle-2048"],
     "rolling": ["rolling"],
     "wikitext2": ["window-2048"],

@@ -76,7 +76,7 @@ for (const evaluation of data.evaluations) {
     const index = evaluation.at.get(run);
     if (index === undefined) return undefined;
     const found = {};
-    for (const name of ["value", "stderr", "n", "delta", "deltaStderr", "noise"]) found[name] = evaluation[name][index];
+    for (const name of ["value", "stderr", "n", "delta", "deltaStderr", "noise", "best"]) found[name] = evaluation[name][index];
     return found;
   };
   evaluation.arrow = { 1: " ↑", 0: "", [-1]: " ↓" }[evaluation.better];
@@ -88,6 +88,7 @@ function withError(found) {
   return measured(found.value, found.stderr) + (found.stderr ? ` ± ${brief(found.stderr)}` : "");
 }
 
+const star = (found) => (found && found.best ? h("strong", { title: "best of its model, or tied" }, "*") : "");
 const link = (run) => `#run-${data.ids[run]}`;
 const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

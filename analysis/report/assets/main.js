@@ -56,6 +56,7 @@ drawOverview();
 drawFilters();
 startChart();
 startTable();
+drawSections();
 applyFilter();
 window.addEventListener("hashchange", route);
 route();

@@ -1,6 +1,8 @@
 // The figure: a metric against what it costs. One model at a time: values of different models are not compared.
 const COSTS = ["bits_per_weight", "bits_per_weight_model", "model_bytes", "quantize_s", "total_s", "evaluate_s",
   "peak_host_bytes", "peak_device_bytes"];
+const OF_WEIGHTS = COSTS.slice(0, 3); // far larger for weights in full precision
+const SPLIT = 0.9; // of the width: where the axis breaks before runs whose weights are in full precision
 const LOG_BEYOND = 20; // ratio of largest to smallest value beyond which a linear axis hides what lies at its foot
 const SYMBOLS = {
   s: "square", o: "circle", "^": "triangle-up", D: "diamond", v: "triangle-down", P: "cross", X: "x", p: "pentagon",
@@ -26,22 +28,44 @@ function chartModel() {
   return [...counts].sort((a, b) => b[1] - a[1]).map((pair) => pair[0]);
 }
 
-function gather(evaluation, model) {
+/** A cost by the name it has in the list: a column, or "e" and the number of an evaluation. */
+function costNamed(name) {
+  const column = data.numbers[name];
+  if (column) {
+    const unit = { bits: "", bytes: ", bytes", s: ", seconds" }[column.unit];
+    return { title: column.title, unit: column.unit, axis: column.title + unit, read: (run) => number(name, run), sign: 1, ofWeights: OF_WEIGHTS.includes(name) };
+  }
+  const evaluation = data.evaluations[Number(name.slice(1))];
+  const read = (run) => (evaluation.at.has(run) ? evaluation.of(run).value : null);
+  const title = evaluation.label + (evaluation.unit ? `, ${evaluation.unit}` : "");
+  return { title, unit: "", axis: title, read, sign: -evaluation.better, ofWeights: false };
+}
+
+/** Runs that quantize inputs or the cache alone, and cost far more than those that quantize weights. */
+function markBeyond(points, cost) {
+  const full = (point) => text("weight_format", point.run) === null && number("bits", point.run) === null;
+  const near = points.filter((point) => !full(point)).map((point) => point.x);
+  const bound = cost.ofWeights && near.length ? 1.5 * near.reduce((a, b) => Math.max(a, b), 0) : Infinity;
+  points.forEach((point) => { point.beyond = full(point) && point.x > bound; });
+}
+
+function gather(evaluation, model, cost) {
   const points = [];
   let baseline = null;
   const mine = (run) => data.texts.model.codes[run] === model && evaluation.at.has(run);
   for (const run of state.runs) {
     if (!mine(run) || data.baseline[run]) continue;
-    const x = number(pareto.cost, run);
-    if (x === null) continue;
+    const x = cost.read(run);
+    if (x === null || x === undefined) continue;
     const found = evaluation.of(run);
     const loss = -evaluation.better * found.value;
     points.push({ x, y: found.value, loss: evaluation.better ? loss : 0, stderr: found.stderr, run, algo: text("algo", run) });
   }
   for (let run = 0; run < total && !baseline && !evaluation.againstFull; run += 1) {
-    if (data.baseline[run] && mine(run)) baseline = { y: evaluation.of(run).value, run };
+    if (data.baseline[run] && mine(run)) baseline = { x: cost.read(run), y: evaluation.of(run).value, run };
   }
-  const front = evaluation.better ? onFront(points) : points.map(() => true);
+  markBeyond(points, cost);
+  const front = evaluation.better ? onFront(points.map((point) => ({ x: cost.sign * point.x, loss: point.loss }))) : points.map(() => true);
   points.forEach((point, index) => { point.front = front[index]; });
   return { points: points.sort((a, b) => a.x - b.x || a.y - b.y), baseline };
 }
@@ -52,7 +76,7 @@ const literal = (words) => (words.length > 60 ? `${words.slice(0, 59)}…` : wor
 function describe(point) {
   const evaluation = data.evaluations[state.evaluation];
   const found = evaluation.of(point.run);
-  const cost = data.numbers[pareto.cost];
+  const cost = costNamed(pareto.cost);
   const lines = [`${evaluation.label}: ${withError(found)}`];
   if (found.delta !== null && !evaluation.againstFull) {
     lines.push(`Δ from full precision: ${signed(found.delta, found.deltaStderr)}${found.deltaStderr ? ` ± ${brief(found.deltaStderr)}` : ""}`);
@@ -62,20 +86,20 @@ function describe(point) {
 }
 
 /** What is drawn, from back to front: dominated runs, the front's line, its runs, the knee. */
-function traces(points, logarithmic) {
+function traces(points, logarithmic, cost) {
   const names = [...new Set(points.map((point) => point.algo))].sort();
   const known = names.filter((name) => data.marks[name]);
   const groups = [...known, ...(known.length < names.length ? [null] : [])];
   const drawn = [];
-  const marks = (group, front) => {
-    const mine = points.filter((point) => point.front === front && (group === null ? !data.marks[point.algo] : point.algo === group));
+  const marks = (group, front, beyond) => {
+    const mine = points.filter((point) => point.front === front && point.beyond === beyond && (group === null ? !data.marks[point.algo] : point.algo === group));
     if (!mine.length) return;
     const mark = group === null ? OTHER : data.marks[group];
     const spread = mine.map((point) => point.stderr || 0);
     drawn.push({
       type: "scatter", mode: "markers", name: group === null ? "others" : group, legendgroup: `algo ${group}`, showlegend: false,
       hoverinfo: "none", opacity: front ? 1 : FADED, x: mine.map((point) => point.x), y: mine.map((point) => point.y),
-      customdata: mine.map((point) => point.at),
+      customdata: mine.map((point) => point.at), ...(beyond ? { xaxis: "x2" } : {}),
       marker: { color: mark.colour, symbol: SYMBOLS[mark.marker] || "circle", size: SIZE },
       error_y: {
         type: "data", visible: spread.some((each) => each > 0), symmetric: false, array: spread, color: mark.colour, thickness: 1, width: 3,
@@ -83,15 +107,16 @@ function traces(points, logarithmic) {
       },
     });
   };
-  groups.forEach((group) => marks(group, false));
-  const front = points.filter((point) => point.front);
+  const each = (front) => groups.forEach((group) => { marks(group, front, false); marks(group, front, true); });
+  each(false);
+  const front = points.filter((point) => point.front && !point.beyond);
   if (front.length > 1 && data.evaluations[state.evaluation].better) {
     drawn.push({
       type: "scatter", mode: "lines", name: "front", hoverinfo: "skip", x: front.map((point) => point.x), y: front.map((point) => point.y),
-      line: { shape: "hv", color: GREY, width: 1.5 }, legendrank: 2000,
+      line: { shape: cost.sign > 0 ? "hv" : "vh", color: GREY, width: 1.5 }, legendrank: 2000,
     });
   }
-  groups.forEach((group) => marks(group, true));
+  each(true);
   if (pareto.knee) {
     drawn.push({
       type: "scatter", mode: "markers+text", hoverinfo: "skip", showlegend: false, x: [pareto.knee.x], y: [pareto.knee.y], text: ["knee"],
@@ -109,6 +134,17 @@ function traces(points, logarithmic) {
   return [...drawn, ...legend];
 }
 
+/** The axis of what stands behind the break, its costs written out. */
+function behindBreak(points, cost, axis) {
+  const costs = [...new Set(points.filter((point) => point.beyond).map((point) => point.x))].sort((a, b) => a - b);
+  if (!costs.length) return null;
+  const room = Math.max(costs[costs.length - 1] - costs[0], 1) * 0.5;
+  return axis("", {
+    domain: [SPLIT + 0.02, 1], anchor: "y", range: [costs[0] - room, costs[costs.length - 1] + room], tickvals: costs,
+    ticktext: costs.map((value) => inUnit(value, cost.unit)), fixedrange: true,
+  });
+}
+
 function layout(xTitle, yTitle, cost, logarithmic, paper) {
   const axis = (title, more) => ({
     title: { text: literal(title), standoff: 8 }, gridcolor: pareto.ink("--grid"), tickfont: { color: pareto.ink("--quiet") },
@@ -118,16 +154,27 @@ function layout(xTitle, yTitle, cost, logarithmic, paper) {
     type: "line", xref: "paper", x0: 0, x1: 1, y0: pareto.baseline.y, y1: pareto.baseline.y,
     line: { color: pareto.ink("--text"), width: 1, dash: "dash" },
   };
+  const price = pareto.baseline && pareto.baseline.x ? `${inUnit(pareto.baseline.x, cost.unit)} ${cost.unit === "bits" ? "bits" : ""}`.trim() : "";
   const words = pareto.baseline && {
-    xref: "paper", x: 0, xanchor: "left", yanchor: "bottom", showarrow: false, text: `full precision ${plain(pareto.baseline.y)}`,
+    xref: "paper", x: 0, xanchor: "left", yanchor: "bottom", showarrow: false, text: `full precision ${plain(pareto.baseline.y)}${price ? `, ${price} ▸` : ""}`,
     y: logarithmic ? Math.log10(pareto.baseline.y) : pareto.baseline.y,
   };
+  const behind = behindBreak(pareto.points, cost, axis);
+  const near = pareto.points.filter((point) => !point.beyond).map((point) => point.x);
+  const [least, most] = [near.reduce((a, b) => Math.min(a, b), Infinity), near.reduce((a, b) => Math.max(a, b), -Infinity)];
+  const xLog = !behind && least > 0 && most > LOG_BEYOND * least;
+  const gap = behind && { type: "line", xref: "paper", yref: "paper", x0: SPLIT, x1: SPLIT, y0: 0, y1: 1, line: { color: pareto.ink("--quiet"), width: 1, dash: "dot" } };
+  const cut = behind && { xref: "paper", yref: "paper", x: SPLIT, y: 0, xanchor: "center", yanchor: "middle", showarrow: false, text: "//" };
   return {
     font: { family: "system-ui, sans-serif", size: 12, color: pareto.ink("--text") },
     paper_bgcolor: pareto.ink("--back"), plot_bgcolor: pareto.ink("--back"), margin: { l: 50, r: 12, t: 30, b: 40 },
-    xaxis: axis(xTitle, cost.unit === "bytes" ? { tickformat: "~s", ticksuffix: "B" } : {}),
+    xaxis: axis(xTitle, {
+      ...(cost.unit === "bytes" ? { tickformat: "~s", ticksuffix: "B" } : {}), ...(behind ? { domain: [0, SPLIT - 0.02] } : {}),
+      ...(xLog ? { type: "log", dtick: most > 1000 * least ? 1 : "D2", tickformat: "~g" } : {}),
+    }),
+    ...(behind ? { xaxis2: behind } : {}),
     yaxis: axis(yTitle, logarithmic ? { type: "log", dtick: "D2", tickformat: "~g" } : {}),
-    shapes: line ? [line] : [], annotations: words ? [words] : [],
+    shapes: [line, gap].filter(Boolean), annotations: [words, cut].filter(Boolean),
     legend: { orientation: "h", x: 0, yref: "container", y: 1, yanchor: "top" }, showlegend: true,
     hovermode: "closest", hoverdistance: SIZE,
     dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
@@ -143,7 +190,8 @@ function drawChart(paper = false) {
   Object.assign(pareto, { drawn: false, points: [], at: -1, baseline: null, knee: null, ink: paper ? (name) => PAPER[name] : colour });
   const evaluation = data.evaluations[state.evaluation];
   const models = evaluation ? chartModel() : [];
-  const { points, baseline } = models.length ? gather(evaluation, models[0]) : { points: [], baseline: null };
+  const cost = costNamed(pareto.cost);
+  const { points, baseline } = models.length ? gather(evaluation, models[0], cost) : { points: [], baseline: null };
   byName("chart").hidden = !points.length;
   if (!points.length) {
     byName("caption").textContent = evaluation
@@ -154,16 +202,16 @@ function drawChart(paper = false) {
   const values = evaluation.againstFull || !baseline ? points.map((p) => p.y) : [...points.map((p) => p.y), baseline.y];
   const logarithmic = evaluation.better < 0 && Math.min(...values) > 0 && Math.max(...values) > LOG_BEYOND * Math.min(...values);
   const front = points.filter((point) => point.front);
-  const knee = evaluation.better ? kneeOf(front, logarithmic) : null;
+  const bending = front.filter((point) => !point.beyond).map((point) => ({ x: cost.sign * point.x, loss: point.loss, point }));
+  const bend = evaluation.better ? kneeOf(bending.sort((a, b) => a.x - b.x || b.loss - a.loss), logarithmic) : null;
+  const knee = bend && bend.point;
   points.forEach((point, at) => { point.at = at; });
   Object.assign(pareto, { points, baseline, knee });
-  const cost = data.numbers[pareto.cost];
   const model = data.texts.model.levels[models[0]];
   const yTitle = `${evaluation.quantity}, ${evaluation.task}${evaluation.unit ? `, ${evaluation.unit}` : ""}`;
   const better = evaluation.better ? ` (better${evaluation.arrow})` : "";
-  const unit = { bits: "", bytes: ", bytes", s: ", seconds" }[cost.unit];
   const plot = byName("plot");
-  Plotly.react(plot, traces(points, logarithmic), layout(`${cost.title}${unit} (better ←)`, yTitle + better, cost, logarithmic, paper), CONFIG);
+  Plotly.react(plot, traces(points, logarithmic, cost), layout(`${cost.axis} (better ${cost.sign > 0 ? "←" : "→"})`, yTitle + better, cost, logarithmic, paper), CONFIG);
   if (!pareto.listens) {
     plot.on("plotly_hover", (event) => showTip(pareto.points[event.points[0].customdata]));
     plot.on("plotly_unhover", hideTip);
@@ -177,7 +225,8 @@ function drawChart(paper = false) {
   const many = counts.length > 2 ? `${counts[0]} to ${counts[counts.length - 1]}` : counts.join(" or ");
   const others = models.length > 1 ? ` Of ${models.length} models the one with most of these runs; choose one above.` : "";
   byName("caption").textContent = `${model}, ${evaluation.task}: ${evaluation.quantity} by protocol ${evaluation.protocol}, `
-    + `${many} ${evaluation.items}, bars ±1 standard error, ${counted(points.length, "run")}. Faded: dominated.${others}`;
+    + `${many} ${evaluation.items}, bars ±1 standard error, ${counted(points.length, "run")}. Faded: dominated.`
+    + `${points.some((point) => point.beyond) ? " Behind the break of the axis: weights in full precision." : ""}${others}`;
   byName("plot").setAttribute("aria-label", `${yTitle} against ${cost.title}; ${front.length} of ${points.length} runs on the front`);
   return drawFront(evaluation.better ? front : []);
 }
@@ -185,9 +234,11 @@ function drawChart(paper = false) {
 /** What `first` is, and the runs whose marks it covers, beside its mark. */
 function showTip(first) {
   if (!first) return;
-  const { xaxis, yaxis } = byName("plot")._fullLayout;
-  const place = (point) => [xaxis._offset + xaxis.d2p(point.x), yaxis._offset + yaxis.d2p(point.y)];
+  const { xaxis: usual, xaxis2, yaxis } = byName("plot")._fullLayout;
+  const axisOf = (point) => (point.beyond ? xaxis2 : usual);
+  const place = (point) => [axisOf(point)._offset + axisOf(point).d2p(point.x), yaxis._offset + yaxis.d2p(point.y)];
   const [x, y] = place(first);
+  const xaxis = axisOf(first);
   const away = (point) => Math.hypot(place(point)[0] - x, place(point)[1] - y);
   const covered = pareto.points.filter((point) => point !== first && away(point) < SIZE / 2).sort((a, b) => b.front - a.front || away(a) - away(b));
   const shown = [first, ...covered.slice(0, TOGETHER - 1)];
@@ -212,7 +263,7 @@ function hideTip() {
 
 function drawFront(front) {
   const evaluation = data.evaluations[state.evaluation];
-  const cost = data.numbers[pareto.cost];
+  const cost = costNamed(pareto.cost);
   byName("front-list").hidden = !front.length;
   if (!front.length) return;
   const rows = front.map((point) => h("tr", {},
@@ -247,13 +298,14 @@ function keys(event) {
 function startChart() {
   const evaluations = data.evaluations.map((evaluation, index) => [index, evaluation.title]);
   const costs = COSTS.filter((name) => data.numbers[name].values.some((value) => value !== null));
+  const measures = data.evaluations.map((evaluation, index) => [`e${index}`, evaluation.title]).filter((_, index) => data.evaluations[index].headline);
   if (!costs.includes(pareto.cost) && costs.length) [pareto.cost] = costs;
   const measure = (value) => { state.evaluation = Number(value); applyFilter(); };
   const save = () => { if (pareto.drawn) Plotly.downloadImage(byName("plot"), { format: "png", filename: "pareto", scale: 2 }); };
   put(
     byName("axes"),
     choice("Measurement", evaluations, 0, measure, { id: "evaluation", "data-wide": true }),
-    choice("Cost", costs.map((name) => [name, data.numbers[name].title]), pareto.cost, (name) => { pareto.cost = name; drawChart(); }, { id: "cost" }),
+    choice("Cost", [...costs.map((name) => [name, data.numbers[name].title]), ...measures], pareto.cost, (name) => { pareto.cost = name; drawChart(); }, { id: "cost" }),
     h("button", { type: "button", onclick: save }, "Save as PNG"),
   );
   byName("chart").addEventListener("keydown", keys);

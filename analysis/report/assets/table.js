@@ -12,7 +12,7 @@ function columns() {
       value: (run) => (evaluation.of(run) || {}).value,
       cell: (run) => {
         const at = evaluation.of(run);
-        return at ? [measured(at.value, at.stderr), at.stderr ? h("small", {}, ` ± ${brief(at.stderr)}`) : ""] : [""];
+        return at ? [measured(at.value, at.stderr), at.stderr ? h("small", {}, ` ± ${brief(at.stderr)}`) : "", star(at)] : [""];
       },
       stderr: (run) => (evaluation.of(run) || {}).stderr,
     });
@@ -108,6 +108,7 @@ function drawTable() {
   })));
   if (!rows.length) rows.push(h("tr", {}, h("td", { colspan: shown.length }, total ? "No run matches." : "No runs yet.")));
   put(byName("table"), h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
+  byName("marked").hidden = !data.evaluations.some((evaluation, index) => table.shown.has(`e${index}`) && evaluation.best.includes(1));
   drawPages(runs.length, pages, first);
 }
 

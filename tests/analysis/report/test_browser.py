@@ -9,9 +9,13 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from analysis.pareto import pareto_front
+from analysis.front import knee, pareto_front
 from analysis.report.page import page, report_data
+from analysis.tables import filled as tables
+from qbench.store.records import Outcome
+from tests.analysis.conftest import losses, measured
 from tests.analysis.report.conftest import HOSTILE, PPL, SPREAD
+from tests.analysis.report.test_sections import declared_of
 
 STORE = "sqlite:///results.db"
 LABELS = (
@@ -105,9 +109,18 @@ def test_any_front_is_what_no_point_dominates(browser):
     for case, found in zip(cases, browser.execute_script(script, cases), strict=True):
         costs, losses = (np.array([point[axis] for point in case]) for axis in (0, 1))
         assert found == pareto_front(costs, losses).tolist(), case
-    knee = source + "return kneeOf(arguments[0].map(([x, loss]) => ({x, loss})), false)"
-    assert browser.execute_script(knee, [[2, 90], [3, 20], [4, 15], [8, 14]]) == {"x": 3, "loss": 20}
-    assert browser.execute_script(knee, [[2, 30], [3, 20], [4, 10]]) is None
+    bends = source + "return arguments[0].map(points => points.indexOf(kneeOf(points, arguments[1])))"
+    fronts = [
+        list(zip(itertools.count(2), sorted(chance.sample(range(1, 99), chance.randrange(7)), reverse=True)))
+        for _ in range(200)
+    ]
+    for logarithmic in (False, True):
+        given = [[{"x": x, "loss": loss} for x, loss in front] for front in fronts]
+        found = browser.execute_script(bends, given, logarithmic)
+        for front, at in zip(fronts, found, strict=True):
+            costs, losses = (np.array([point[axis] for point in front], dtype=float) for axis in (0, 1))
+            expected = knee(costs, losses, logarithmic=logarithmic)
+            assert at == (-1 if expected is None else expected), front
 
 
 def test_pointing_at_a_mark_shows_its_run_and_a_click_opens_it(filled, opened):
@@ -205,8 +218,70 @@ def test_the_figure_draws_bars_faded_marks_front_knee_and_full_precision(opened)
     assert drawn["bars"] == len(PPL) * len(SPREAD)
     assert len(drawn["faded"]) == drawn["bars"] - len(SPREAD)
     assert drawn["front"] == pytest.approx([PPL["gptq"] + each for each in SPREAD.values()], rel=0.03)
-    assert sorted(drawn["text"]) == ["full precision 28", "knee"]
+    assert sorted(drawn["text"]) == ["full precision 28, 16 bits ▸", "knee"]
     assert drawn["lines"] == 1
+
+
+def test_weights_in_full_precision_stand_behind_a_break(filled, store, visit):
+    for kv, value in (("int8_token", 28.2), ("int2_token", 70.0)):
+        done = Outcome(bits_per_weight=32.0, quantize_s=1.0)
+        store("rtn", None, measured(losses(np.log(value))), outcome=done, kv_format=kv)
+    browser = visit(page(report_data(filled, STORE)))
+    figure = "const {xaxis, xaxis2} = document.getElementById('plot')._fullLayout;"
+    low, high = browser.execute_script(figure + "return xaxis.range")
+    assert high - low < 4, "the axis is as wide as the quantized weights need"
+    assert browser.execute_script(figure + "return xaxis2.ticktext") == ["32"]
+    assert "Behind the break" in browser.find_element("id", "caption").text
+    browser.execute_script("document.getElementById('chart').focus()")
+    browser.switch_to.active_element.send_keys("\ue010")  # End
+    assert "bits/weight: 32" in browser.execute_script("return document.getElementById('spoken').textContent")
+    assert browser.find_element("id", "ring").is_displayed()
+    choose(browser, "#cost", "quantizing")
+    assert browser.execute_script("return document.getElementById('plot')._fullLayout.xaxis2 === undefined")
+
+
+def test_another_measurement_may_be_the_cost(opened):
+    options = [each.text for each in opened.find_elements("css selector", "#cost option")]
+    other = next(words for words in options if HOSTILE in words)
+    choose(opened, "#cost", other)
+    assert opened.execute_script("return document.querySelector('.xtitle').textContent").endswith("…")
+    drawn = opened.execute_script("return document.querySelectorAll('#plot path.yerror').length")
+    assert drawn == len(PPL) * len(SPREAD)
+
+
+def test_the_sections_are_listed_linked_and_reachable_by_keys(opened):
+    links = opened.find_elements("css selector", "#contents a")
+    assert [each.text for each in links][:4] == ["Accuracy against cost", "Results", "Declared tables", "Best practice"]
+    for each in links:
+        assert opened.execute_script("return !!document.querySelector(arguments[0])", each.get_dom_attribute("href"))
+    links[3].click()
+    assert opened.execute_script("return document.getElementById('best').getBoundingClientRect().top") < 200
+    regions = opened.find_elements("css selector", "#sections .scroll")
+    assert regions
+    assert all(each.get_dom_attribute("tabindex") == "0" and each.get_dom_attribute("aria-label") for each in regions)
+    images = opened.execute_script(
+        "return [...document.querySelectorAll('#fronts img')].map((each) => [each.alt, each.src])"
+    )
+    assert images
+    assert all(alt and source.startswith("data:image/svg+xml;base64,") for alt, source in images)
+    assert HOSTILE in opened.find_element("id", "sections").text
+
+
+def test_the_best_and_what_ties_with_it_are_marked(filled, opened):
+    evaluation = report_data(filled, STORE)["evaluations"][0]
+    cells = "return [...document.querySelectorAll('#table tbody tr')].map((row) => row.cells[1].textContent)"
+    starred = [each for each in opened.execute_script(cells) if each.endswith("*")]
+    assert len(starred) == sum(evaluation["best"]) > 0
+    assert opened.find_element("id", "marked").is_displayed()
+
+
+def test_a_declared_tables_value_leads_to_its_run(database, store, visit):
+    found = tables.filled(database, declared_of(store))
+    browser = visit(page(report_data(database, STORE, [found])))
+    table = browser.find_element("css selector", "#declared table")
+    assert [each.text for each in table.find_elements("css selector", "tbody tr:nth-child(3) > *")][1] == "not run"
+    table.find_element("css selector", "tbody tr:nth-child(3) strong a").click()
+    assert browser.find_element("css selector", "#run h1").text == "gptq 4-bit"
 
 
 def test_the_figure_is_saved_as_png(opened, tmp_path):
@@ -265,7 +340,7 @@ def tiled(data: dict, total: int) -> dict:
     for evaluation in data["evaluations"]:
         at = {run: position for position, run in enumerate(evaluation["run"])}
         runs = [run for run in range(total) if source[run] in at]
-        for name in ("value", "stderr", "n", "delta", "deltaStderr", "noise"):
+        for name in ("value", "stderr", "n", "delta", "deltaStderr", "noise", "best"):
             evaluation[name] = [evaluation[name][at[source[run]]] for run in runs]
         evaluation["run"] = runs
     maps = next(iter(data["layers"]["runs"].values()))
