@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.axes import axis_levels
 from analysis.candidates import Candidate, Field, Judged, fields, judged
 from analysis.claims import Cell, Checked, check
+from analysis.tables.labels import pipeline_labels
 from analysis.tables.render import Entry, Plain, number, with_error
 from qbench.errors import SpecError
 from qbench.store.database import Database
@@ -86,13 +87,14 @@ def best_practice_table(choices: Sequence[Choice], *, worse: int = 0, alpha: flo
         shown = [each for each in choice.judged if each.standing != "worse"]
         shown += [each for each in choice.judged if each.standing == "worse"][:worse]
         levels = axis_levels([each.candidate.runs[0] for each in choice.judged])
-        for place, (each, level) in enumerate(zip(choice.judged, levels, strict=True)):
+        pipelines = pipeline_labels([each.candidate.runs[0] for each in choice.judged])
+        for place, (each, level, pipeline) in enumerate(zip(choice.judged, levels, pipelines, strict=True)):
             if each not in shown:
                 continue
             marks = []
             for note in (n for n in choice.checked.footnotes if place in n.cells):
                 marks.append(notes.setdefault(note.text, len(notes) + 1))
-            rows.append(_row(each, level, tuple(marks)))
+            rows.append(_row(each, pipeline, level, tuple(marks)))
             groups.append(_group(choice, len(metrics) > 1))
             records.append(_record(choice, each, level))
     return Plain(
@@ -135,12 +137,12 @@ def _titled(field: Field) -> str:
     return f"{field.info.label} {field.info.arrow} on {field.task} ({field.protocol})"
 
 
-def _row(each: Judged, level: dict[str, str], marks: tuple[int, ...]) -> tuple[Entry, ...]:
+def _row(each: Judged, pipeline: str, level: dict[str, str], marks: tuple[int, ...]) -> tuple[Entry, ...]:
     candidate, leads = each.candidate, each.standing in ("best", "tied")
     peak = candidate.peak_bytes
     to_best = "" if each.standing == "best" else with_error(each.difference, each.stderr, sign=True, least=2)
     return (
-        Entry(candidate.runs[0].algo, bold=leads, notes=marks),
+        Entry(pipeline, bold=leads, notes=marks),
         Entry(level["calibration"]),
         Entry(with_error(candidate.value, candidate.metric.stderr, least=2), bold=leads),
         Entry(with_error(candidate.delta, candidate.delta_stderr, sign=True, least=2)),

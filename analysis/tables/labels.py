@@ -49,14 +49,25 @@ def point_labels(rows: Sequence[RunRow]) -> list[str]:
                 words.append(_WORDS[name](value))
         labels.append((f"{row.model}: " if len(models) > 1 else "") + " ".join(words))
 
+    return _told_apart(labels, [row.spec for row in rows])
+
+
+def pipeline_labels(rows: Sequence[RunRow]) -> list[str]:
+    """The algorithm of each row, with the stages and options in which rows of the same algorithm differ."""
+    return _told_apart([row.algo for row in rows], [{"pipeline": row.spec.get("pipeline", [])} for row in rows])
+
+
+def _told_apart(labels: Sequence[str], specs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`labels`, with what differs in the specs of those that are equal."""
     alike = defaultdict(list)
     for index, label in enumerate(labels):
         alike[label].append(index)
+    found = list(labels)
     for indices in alike.values():
         if len(indices) > 1:
-            for index, words in zip(indices, _spec_differences([rows[i].spec for i in indices]), strict=True):
-                labels[index] += "".join(f" {word}" for word in words)
-    return labels
+            for index, words in zip(indices, _spec_differences([specs[i] for i in indices]), strict=True):
+                found[index] += "".join(f" {word}" for word in words)
+    return found
 
 
 def _is_integer(row: RunRow) -> bool:
@@ -109,11 +120,27 @@ def _named(value: Any) -> Any:
 
 
 def _spec_differences(specs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each spec the leaves, as "option=value", that are not the same in all of them."""
+    """For each spec what is not the same in all of them: "+stage" for a stage that some lack, "option=value" for a leaf.
+
+    The options of such a stage are compared among the specs that have it.
+    """
+    pipelines = [{stage["name"] for stage in spec.get("pipeline", ())} for spec in specs]
+    partial = set().union(*pipelines) - set.intersection(*pipelines)
     leaves = [dict(_leaves(spec)) for spec in specs]
     paths = {path: None for each in leaves for path in each}  # a dict keeps the order
-    differing = [path for path in paths if len({repr(each.get(path)) for each in leaves}) > 1]
-    return [[f"{path.rsplit('.', 1)[-1]}={each[path]}" for path in differing if path in each] for each in leaves]
+    words: list[list[str]] = [[] for _ in specs]
+    for path in paths:
+        parts = path.split(".")
+        stage = parts[2] if parts[1] == "pipeline" and parts[2] in partial else None
+        owners = [place for place, pipeline in enumerate(pipelines) if stage is None or stage in pipeline]
+        if stage is not None and parts[-1] == "name":
+            for place in owners:
+                words[place].append(f"+{stage}")
+        elif len({repr(leaves[place].get(path)) for place in owners}) > 1:
+            for place in owners:
+                if path in leaves[place]:
+                    words[place].append(f"{parts[-1]}={leaves[place][path]}")
+    return words
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:

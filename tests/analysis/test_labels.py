@@ -60,6 +60,32 @@ def test_options_are_named_where_columns_do_not_tell_points_apart(database, stor
     ]
 
 
+def test_a_stage_that_some_lack_is_named_once_with_what_varies_in_it(database, store):
+    def spec(*clip):
+        stages = [{"name": "awq_scale", "version": 1, "options": [["n_grid", 20]]}]
+        for clip_range in clip:
+            options = [["n_grid", 20], ["clip_range", clip_range]]
+            stages.append({"name": "awq_clip", "version": 2, "options": options})
+        return {"seed": 0, "pipeline": stages}
+
+    found, rows = labels(
+        database,
+        store,
+        ("awq", 4, {}, spec()),
+        ("awq", 4, {}, spec("symmetric")),
+        ("awq", 4, {}, spec("asymmetric")),
+        ("awq", 3, {}, spec()),
+        ("awq", 3, {}, spec("symmetric")),
+    )
+    assert found == [
+        "awq 4-bit",
+        "awq 4-bit +awq_clip clip_range=symmetric",
+        "awq 4-bit +awq_clip clip_range=asymmetric",
+        "awq 3-bit",
+        "awq 3-bit +awq_clip",
+    ]
+
+
 def test_labels_are_distinct_whatever_the_points(database, store):
     choices = itertools.product(("rtn", "gptq"), (3, 4), (64, -1), (True, False), ({"x": 1}, {"x": 2}, {"y": [1]}))
     points = [
