@@ -21,6 +21,8 @@ from analysis.style import house_style
 from analysis.tables.sweep import Evaluation, SweepTable
 from qbench.metrics import MetricInfo
 
+_LEGEND_LINE = 0.19  # inches
+
 
 def pareto_figures(table: SweepTable, folder: Path, stem: str = "pareto") -> list[Path]:
     """Draw the figures of a sweep; the files written: a PDF, a PNG and a CSV of the plotted rows for each.
@@ -147,7 +149,9 @@ def figure(points: pd.DataFrame, evaluation: Evaluation, cost: Cost = BITS, text
     with house_style():
         drawn = Figure(layout="constrained")
         draw(points, evaluation.metric, drawn.add_subplot(), cost)
-        drawn.legend(loc="outside right upper")  # outside: it can hide no point
+        legend = drawn.legend(loc="outside right upper")  # outside: it can hide no point
+        lines = sum(text.get_text().count("\n") + 1 for text in legend.get_texts())
+        drawn.set_figheight(max(drawn.get_figheight(), _LEGEND_LINE * lines + 1))  # and has room above the text
         if text:
             drawn.supxlabel(textwrap.fill(text, 125), fontsize=6.5, color="#444444", x=0.01, ha="left")
     return drawn

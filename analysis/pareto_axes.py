@@ -17,7 +17,7 @@ from qbench.metrics import MetricInfo
 # Ratio of the largest to the smallest value beyond which a linear axis hides the differences at its foot.
 LOG_BEYOND = 20.0
 _FADED = 0.4
-_SLOT_POINTS = 8.0  # by which points that would hide each other are drawn apart, in 1/72 inch
+_SLOT_POINTS = 8.0  # how far points that would hide each other are drawn from their place at most, in 1/72 inch
 _LONGEST = 48  # letters of a name
 _MANY = 200  # points beyond which they are drawn where they are, the dominated ones as an image
 _BREAK, _BEHIND, _STEP = 0.08, 0.16, 0.1  # of the axis: where it breaks, what stands behind it, and how far apart
@@ -49,7 +49,6 @@ def draw(points: pd.DataFrame, metric: MetricInfo, axes: Axes, cost: Cost = BITS
         axes.step(front["x"], front["value"], "-", where=step, color="#777777", linewidth=1.0, label="front")
     style = marks(candidates["series"])
     if len(candidates) > _MANY:
-        slots = [0]
         _draw_many(candidates, style, axes)
     else:
         slots = sideways_slots(candidates, logarithmic)
@@ -61,7 +60,7 @@ def draw(points: pd.DataFrame, metric: MetricInfo, axes: Axes, cost: Cost = BITS
     # Markers drawn aside do not count when the axes are scaled: their data has to be announced.
     for ends in _bars(candidates, logarithmic):
         axes.update_datalim(np.column_stack([candidates["x"], ends]))
-    axes.margins(x=0.05 + 0.03 * max(map(abs, slots), default=0), y=0.05)
+    axes.margins(x=0.08, y=0.05)
     for series, mark in style.items():
         axes.plot([], [], mark.marker, color=mark.colour, label=_cut(series))
     axes.set_xlabel(f"{_cut(cost.label)} (better {cost.arrow})")
@@ -114,9 +113,10 @@ def _break_axis(candidates: pd.DataFrame, placed: pd.DataFrame, axes: Axes) -> N
 
 
 def _draw_each(points: pd.DataFrame, slots: Sequence[int], style: Mapping[str, Mark], axes: Axes) -> None:
+    step = _SLOT_POINTS / max(1, *map(abs, slots))  # many share it: what is drawn aside must not look like another cost
     for (_, row), slot in zip(points.iterrows(), slots, strict=True):
         mark, alpha = style[row["series"]], 1.0 if row["on_front"] else _FADED
-        aside = ScaledTranslation(slot * _SLOT_POINTS / 72, 0, axes.figure.dpi_scale_trans)
+        aside = ScaledTranslation(slot * step / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
             row["x"],
             row["value"],
@@ -158,7 +158,7 @@ def _bars(points: pd.DataFrame, logarithmic: bool) -> tuple[np.ndarray, np.ndarr
 
 
 def sideways_slots(points: pd.DataFrame, logarithmic: bool) -> list[int]:
-    """For each row 0, or by how many marker widths to draw it aside so that it hides none of equal cost.
+    """For each row 0, or by how many steps to draw it aside so that it hides none of equal cost.
 
     Methods with one number format have the same bits to the last digit. Points on the front stay in place.
     """
