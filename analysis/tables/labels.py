@@ -120,7 +120,7 @@ def _named(value: Any) -> Any:
 
 
 def _spec_differences(specs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each spec what is not the same in all of them: "+stage" for a stage that some lack, "option=value" for a leaf.
+    """For each spec what is not the same in all of them: "+stage" where some lack it, "option=value" for a leaf.
 
     The options of such a stage are compared among the specs that have it.
     """

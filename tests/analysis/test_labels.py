@@ -68,7 +68,7 @@ def test_a_stage_that_some_lack_is_named_once_with_what_varies_in_it(database, s
             stages.append({"name": "awq_clip", "version": 2, "options": options})
         return {"seed": 0, "pipeline": stages}
 
-    found, rows = labels(
+    found, _ = labels(
         database,
         store,
         ("awq", 4, {}, spec()),
