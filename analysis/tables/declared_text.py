@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.tables.declared import Filled, FilledTable, Row
+from analysis.tables.render import TEX_FITTED
 
 ABSENT = {"missing": "not run", "stale": "stale", "failed": "failed", "running": "running", "undefined": "–"}
 _LEGEND = "* best, or not distinguishable from it (paired, Holm, α = .05)"
@@ -65,7 +66,7 @@ def headers(table: FilledTable) -> list[tuple[str, ...]]:
 
 
 def latex(table: FilledTable) -> str:
-    """A `table` environment that needs the package booktabs alone."""
+    """A `table` environment that needs the packages booktabs and graphicx."""
     declared = table.declared
     styled, notes = styled_cells(table)
     left, columns = len(declared.row_axes), headers(table)
@@ -75,6 +76,7 @@ def latex(table: FilledTable) -> str:
         r"\centering",
         rf"\caption{{{tex(f'{declared.title}. {table.caption}')}}}",
         rf"\label{{tab:{declared.name}}}",
+        TEX_FITTED[0],
         rf"\begin{{tabular}}{{{'l' * left}{'r' * len(columns)}}}",
         r"\toprule",
     ]
@@ -101,7 +103,7 @@ def latex(table: FilledTable) -> str:
         labels = [tex(label) for label in unrepeated(row.labels, previous)]
         lines.append(f"{' & '.join([*labels, *map(_tex_cell, cells)])} \\\\")
         previous = row.labels
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}" + TEX_FITTED[1]]
     lines += [rf"\par\footnotesize {tex(line)}" for line in legend(table, notes, star=r"bold:")]
     return "\n".join([*lines, r"\end{table}", ""])
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.tables.declared_text import md, tex
+from analysis.tables.render import TEX_FITTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ class PlainTable:
             r"\centering",
             rf"\caption{{{tex(f'{self.title}. {self.caption}')}}}",
             rf"\label{{tab:{self.name}}}",
+            TEX_FITTED[0],
             rf"\begin{{tabular}}{{{'l' * len(self.header)}}}",
             r"\toprule",
             *(f"{' & '.join(map(tex, self.header))} \\\\", r"\midrule"),
             *(f"{' & '.join(map(tex, row))} \\\\" for row in self.rows),
-            *(r"\bottomrule", r"\end{tabular}", r"\end{table}"),
+            *(r"\bottomrule", r"\end{tabular}" + TEX_FITTED[1], r"\end{table}"),
         ]
         return "\n".join([*lines, ""])
 

@@ -62,19 +62,24 @@ class Plain:
         return bool(self.numeric) and self.numeric[column]
 
 
+#: Around a tabular: its own width, or the line's where that is less.
+TEX_FITTED = (r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", "}")
+
+
 def latex(table: Plain, label: str = "") -> str:
-    """A `table` environment for a document with \\usepackage{booktabs}."""
+    """A `table` environment for a document with \\usepackage{booktabs,graphicx}."""
     align = "".join("r" if table.is_numeric(i) else "l" for i in range(len(table.columns)))
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
     lines += [rf"\label{{{label}}}"] if label else []
-    lines += [rf"\begin{{tabular}}{{{align}}}", r"\toprule", " & ".join(map(_tex, table.columns)) + r" \\"]
+    lines += [TEX_FITTED[0], rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+    lines += [" & ".join(map(_tex, table.columns)) + r" \\"]
     for name, rows in table.parts():
         lines.append(r"\midrule")
         if name:
             lines += [rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{_tex(name)}}}}} \\"]
         for row in rows:
             lines.append(" & ".join(map(_tex_entry, row)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip\footnotesize", _tex(table.caption)]
+    lines += [r"\bottomrule", r"\end{tabular}" + TEX_FITTED[1], r"\par\smallskip\footnotesize", _tex(table.caption)]
     lines += [rf"\par $^{{{number}}}$ {_tex(text)}" for number, text in table.footnotes]
     return "\n".join([*lines, r"\end{table}", ""])
 
