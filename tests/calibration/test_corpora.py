@@ -182,7 +182,7 @@ def test_every_calibration_file_names_a_corpus(pytestconfig):
     assert {file.stem for file in files} == {"text", *corpus_names()} - {"pydoc-heldout"}
     for file in files:
         content = yaml.safe_load(file.read_text())
-        assert list(content) == ["name", "path", "n", "length", "sampler", "seed"], file
+        assert list(content) == ["name", "path", "n", "length", "sampler", "shuffle", "seed"], file
         assert content["name"] == file.stem
         if file.stem != "text":
             assert isinstance(resolve_corpus(content["name"], content["path"]), Corpus)
