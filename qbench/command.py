@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -188,29 +190,42 @@ def _other_choices(overrides: list, groups: set[str], key: str) -> dict[str, str
     return {}
 
 
-def _defaults() -> dict[str, str]:
+def _defaults() -> Mapping[str, str]:
     """The choice of every group where the command line makes none."""
-    entries = OmegaConf.load(conf_dir() / "config.yaml").defaults
-    return {group: name for entry in entries if isinstance(entry, DictConfig) for group, name in entry.items()}
+    return _root(conf_dir())[1]
 
 
-def _known_keys(chosen: dict[str, str]) -> list[str]:
+def _known_keys(chosen: Mapping[str, str]) -> list[str]:
     """Every settable key of the configuration with these group choices."""
-    root = OmegaConf.load(conf_dir() / "config.yaml")
-    root.pop("defaults")
-    root.pop("hydra")
-    keys = _flatten(root, "")
-    for group, default in _defaults().items():
+    keys, defaults = _root(conf_dir())
+    keys = list(keys)
+    for group, default in defaults.items():
         if not group.startswith("override"):
-            name = chosen.get(group, default)
-            path = conf_dir() / group / f"{name}.yaml"
-            if is_composition(group, name):
-                keys += _flatten(OmegaConf.create(_composed(group, name)), f"{group}.")
-            elif GLOBAL_PACKAGE not in path.read_text():  # else it sets keys of the root, which are known already
-                keys += _flatten(OmegaConf.load(path), f"{group}.")
+            keys += _keys_of(conf_dir() / group, chosen.get(group, default))
     # What a choice is called and consists of is fixed by its file.
     fixed = (".name", ".asset", ".evaluator")
     return [key for key in keys if not key.startswith("algo.pipeline") and not key.endswith(fixed)]
+
+
+@cache  # a table checks the keys of a hundred points, and files stay as they are
+def _root(folder: Path) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """The keys outside of groups, and the default choice of every group."""
+    root = OmegaConf.load(folder / "config.yaml")
+    entries = root.pop("defaults")
+    root.pop("hydra")
+    defaults = {group: name for entry in entries if isinstance(entry, DictConfig) for group, name in entry.items()}
+    return tuple(_flatten(root, "")), defaults
+
+
+@cache
+def _keys_of(folder: Path, name: str) -> tuple[str, ...]:
+    """The settable keys that a choice of the group `folder.name` brings."""
+    group, path = folder.name, folder / f"{name}.yaml"
+    if is_composition(group, name):
+        return tuple(_flatten(OmegaConf.create(_composed(group, name)), f"{group}."))
+    if GLOBAL_PACKAGE in path.read_text():
+        return ()  # it sets keys of the root, which are known already
+    return tuple(_flatten(OmegaConf.load(path), f"{group}."))
 
 
 def _flatten(node: DictConfig, prefix: str) -> list[str]:
