@@ -13,7 +13,7 @@ import yaml
 
 import qbench.run
 from qbench.__main__ import main
-from qbench.declaration import load, tables_dir
+from qbench.declaration import declared_names, load, tables_dir
 from qbench.errors import SpecError
 from qbench.fill import seconds, varied
 
@@ -297,3 +297,21 @@ def test_kurtosis_and_cosines_are_added_to_the_runs_of_another_table(tmp_path, m
     assert inputs["down", "none"] == inputs["down", "full precision"]
     cosines = {place[:2]: float(row["value"]) for place, row in found.items() if place[2] == "outputs"}
     assert all(0.8 < value < 1 for value in cosines.values())
+
+
+def test_every_table_of_the_package_is_filled_from_an_empty_database(tmp_path, monkeypatch):
+    """The whole set on the tiny model, of one calibration sequence and one test window; then nothing is left to do."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fill", "all", "--size", "tiny", "--allow", "all", "calib.n=1", "eval.n=1"]
+    assert main(arguments) == 0
+    names = [name for name in declared_names(tables_dir()) if name != "t1"]
+    assert len(names) == 11
+    for name in names:
+        path = Path("results/tables") / f"{name}-tiny.csv"
+        with path.open() as lines:
+            states = {row["state"] for row in csv.DictReader(lines)}
+        assert states - {"undefined"} == {"done"}, name
+        assert all(path.with_suffix(f".{suffix}").stat().st_size > 0 for suffix in ("tex", "md", "pdf", "png"))
+    runs = sql("select count(*) from run where status = 'done'")
+    assert main(arguments) == 0
+    assert sql("select count(*) from run") == runs
