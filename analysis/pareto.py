@@ -76,7 +76,7 @@ def plotted_rows(
     names = ["label", "model", "algo", "bits", "group_size", "weight_format", "act_format", "kv_format"]
     points = rows[[*names, "bits_per_weight"]].copy()
     points["series"] = _series(points)
-    points["cost"], points["x"] = cost.name, x
+    points["cost"], points["x"] = cost.name, x.loc[rows.index]  # an empty frame would take over the index of x
     points["metric"], points["value"] = evaluation.metric.name, rows[evaluation.value]
     points["stderr"], points["n"] = rows[evaluation.stderr], rows[evaluation.n]
     points["task"], points["protocol"] = evaluation.task, evaluation.protocol

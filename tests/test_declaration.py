@@ -172,7 +172,7 @@ def test_the_papers_sizes_compose(name, tmp_path, monkeypatch):
 
 def test_the_declaration_in_the_docs_is_one(tmp_path):
     text = (Path(qbench.models.__file__).parents[2] / "docs" / "experiments.md").read_text()
-    example = text.split("```yaml\n")[1].split("```")[0]
+    example = text.partition("## A declaration")[2].split("```yaml\n")[1].split("```")[0]
     for size in ("tiny", "demo"):
         found = load(written(tmp_path, yaml.safe_load(example)), size)
     assert len(list(found.cells())) == 8
