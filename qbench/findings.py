@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
                 line = f"[red]not written[/] {declaration.name}: {escape(str(error))}; --allow writes it with footnotes"
                 console.print(line, highlight=False, soft_wrap=True)
                 return 1
-        found, paths = write_page(database, given, tables, options.out)
+        found, paths = write_page(database, given, tables, options.out, allow)
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("takeaway", "", "verdict", "tested", "not tested"):
         drawn.add_column(title, justify="right" if "tested" in title else "left")

@@ -25,9 +25,16 @@ _NAMED = 2  # cells that are named of all that lack a value for one reason
 
 
 def write_page(
-    database: Database, takeaways: Sequence[Takeaway], tables: Mapping[str, FilledTable], out: Path
+    database: Database,
+    takeaways: Sequence[Takeaway],
+    tables: Mapping[str, FilledTable],
+    out: Path,
+    allow: Sequence[str] = (),
 ) -> tuple[tuple[Finding, ...], list[Path]]:
-    """The findings, and the files written: the page, and figures in `img/` beside it. Equal rows give equal files."""
+    """The findings, and the files written: the page, and figures in `img/` beside it. Equal rows give equal files.
+
+    `allow`: the mixtures that were allowed in the tables, for the command that makes the page again.
+    """
     found = findings(database, takeaways, tables)
     shown = {name: table for name, table in tables.items() if table.counts["done"]}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -37,12 +44,16 @@ def write_page(
         (png,) = write_figure(table, base, ["png"])
         written.append(png)
         pictures[name] = Path(os.path.relpath(png, out.parent)).as_posix()
-    out.write_text(page(database, found, tables, pictures), encoding="utf-8")
+    out.write_text(page(database, found, tables, pictures, allow), encoding="utf-8")
     return found, [out, *written]
 
 
 def page(
-    database: Database, found: Sequence[Finding], tables: Mapping[str, FilledTable], pictures: Mapping[str, str]
+    database: Database,
+    found: Sequence[Finding],
+    tables: Mapping[str, FilledTable],
+    pictures: Mapping[str, str],
+    allow: Sequence[str] = (),
 ) -> str:
     """The text of the page; `pictures` has the address of each table's figure."""
     size = next((table.declared.size for table in tables.values()), "demo")
@@ -54,7 +65,7 @@ def page(
         "",
     ]
     lines += [*_scope(database, [tables[name] for name in shown]), "", *_method(found), "", "## Summary", ""]
-    lines += [*_summary(found), "", *_again(tables, size)]
+    lines += [*_summary(found), "", *_again(tables, size, allow)]
     for name in shown:
         here = [each for each in found if each.takeaway.expects and each.takeaway.expects[0].table == name]
         lines += ["", *_section(database, tables[name], pictures.get(name), here)]
@@ -118,11 +129,12 @@ def _summary(found: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def _again(tables: Mapping[str, FilledTable], size: str) -> list[str]:
+def _again(tables: Mapping[str, FilledTable], size: str, allow: Sequence[str]) -> list[str]:
+    allowed = f" --allow {','.join(allow)}" if allow else ""
     lines = ["To make this page:", "", "```sh"]
     lines += [
-        f"qbench fill {' '.join(tables)} --size {size}",
-        f"qbench findings --size {size} --out docs/findings.md",
+        f"qbench fill {' '.join(tables)} --size {size}{allowed}",
+        f"qbench findings --size {size}{allowed} --out docs/findings.md",
         "```",
     ]
     counts = {
