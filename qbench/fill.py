@@ -118,14 +118,14 @@ def _fill(
     made: Made = {}
     tables = [_static(each) if each.static else compose(each, settings, made) for each in declarations]  # errors early
     code = 0
+    composed = [table for table in tables if isinstance(table, Composed)]
+    if composed and not options.render_only:
+        code = _run_missing(composed, shared, options.only_failed, deadline, console)
     for table in tables:
         if isinstance(table, PlainTable):
             console.print(table)
             _write(console, table.name, shared.results, table.texts())
-            continue
-        if not options.render_only:
-            code = max(code, _run_missing(table, shared, options.only_failed, deadline, console))
-        if not options.dry_run:
+        elif not options.dry_run:
             code = max(code, _draw(table, shared, allow, console))
     return code
 
@@ -207,18 +207,22 @@ def seconds(text: str) -> float:
 
 
 def _run_missing(
-    table: Composed, options: SweepOptions, only_failed: bool, deadline: float | None, console: Console
+    tables: Sequence[Composed], options: SweepOptions, only_failed: bool, deadline: float | None, console: Console
 ) -> int:
-    declared = table.declared
-    with Database(options.store_url) as database:
-        cells = filled(database, declared).counts
-        found = todo(table.points, database)
-    _print_counts(console, f"{declared.name} ({declared.size}), cells", cells)
-    _print_counts(console, f"{declared.name} ({declared.size}), runs", found.counts)
-    if found.failed and not only_failed:
-        again = f"qbench fill {declared.name} --size {declared.size} --only-failed"
-        console.print(f"  what failed is not tried again, except by {again}", highlight=False, soft_wrap=True)
-    wanted = found.failed if only_failed else found.missing
+    """Run what the tables lack as one sweep, so that what several of them show is quantized once; the exit code."""
+    wanted: list[Point] = []
+    failed = False
+    for table in tables:
+        declared = table.declared
+        with Database(options.store_url) as database:
+            cells = filled(database, declared).counts
+            found = todo(table.points, database)
+        _print_counts(console, f"{declared.name} ({declared.size}), cells", cells)
+        _print_counts(console, f"{declared.name} ({declared.size}), runs", found.counts)
+        wanted += found.failed if only_failed else found.missing
+        failed |= bool(found.failed)
+    if failed and not only_failed:
+        console.print("  what failed is not tried again, except with --only-failed", highlight=False, soft_wrap=True)
     if not wanted:
         return 0
     if deadline is not None and time.monotonic() >= deadline:

@@ -213,6 +213,18 @@ def test_another_evaluation_is_measured_of_the_same_runs(work):
     assert work.of("eval.n=2") == (0, 0, 0)
 
 
+def test_runs_that_two_tables_share_are_quantized_once_and_measured_for_both(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sizes.yaml").write_bytes((finished / "sizes.yaml").read_bytes())
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(TABLE))
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump({**TABLE, "set": ["eval.n=2"]}))
+    monkeypatch.chdir(tmp_path)
+    work = Work(monkeypatch)
+    assert work.of("short.yaml") == (0, 5, 0)
+    assert capsys.readouterr().out.count("Plan: 5 points") == 1
+    assert sql("select count(*) from metric where name = 'ppl'") == [(10,)]
+    assert work.of("short.yaml") == (0, 0, 0)
+
+
 def test_settings_reach_every_run(work):
     assert work.of("calib.seed=7") == (0, 2, 0)  # rtn looks at no text
 
