@@ -108,10 +108,11 @@ def _method(found: Sequence[Finding]) -> list[str]:
     return [
         "Each takeaway predicts comparisons between cells (`analysis/data/takeaways.yaml`). A comparison is a paired"
         " test on the items that its cells share ([statistics](statistics.md)); p values are Holm-corrected over the"
-        f" comparisons of a takeaway, α = {ALPHA:g}. *Confirmed*: all comparisons speak for it. *Contradicted*: some"
-        " speak against it, none for it. *Mixed*: some speak, but not all for it. *Undecided*: none says anything, and"
-        " that is no sign of no effect. *So far*: cells lack a value. The last column of the summary corrects over all"
-        f" {tested} comparisons of the page instead.",
+        f" comparisons of a takeaway, α = {ALPHA:g}. *Confirmed*: all comparisons speak for it. *Partly confirmed*:"
+        " some speak for it, the others say nothing. *Mixed*: some speak for it, some against. *Contradicted*: some"
+        " speak against it, none for it. *Undecided*: none says anything, and that is no sign of no effect. *So far*:"
+        f" cells lack a value. The last column of the summary corrects over all {tested} comparisons of the page"
+        " instead.",
         "",
         "Effects count in the direction of the takeaway. Of perplexities they are differences of log perplexity in nats"
         " (0.05: about 5 %); of advantages that are compared, their difference; of a loss, its distance from the share"

@@ -25,7 +25,7 @@ from qbench.store.database import Database
 
 ALPHA = 0.05
 
-Verdict = Literal["confirmed", "contradicted", "mixed", "undecided", "not tested"]
+Verdict = Literal["confirmed", "partly confirmed", "mixed", "contradicted", "undecided", "not tested"]
 Says = Literal["for", "against", "open"]
 
 
@@ -113,15 +113,17 @@ def findings(
 
 
 def verdict(said: Sequence[Says]) -> Verdict:
-    """Confirmed if all comparisons speak for it; contradicted if some speak against it and none for it; undecided if
-    none says anything; else mixed."""
+    """Confirmed if all comparisons speak for it, partly if the others are open; contradicted if some speak against it
+    and none for it; mixed if some speak for it and some against; undecided if none says anything."""
     if not said:
         return "not tested"
     if all(each == "for" for each in said):
         return "confirmed"
     if all(each == "open" for each in said):
         return "undecided"
-    return "contradicted" if "for" not in said else "mixed"
+    if "against" not in said:
+        return "partly confirmed"
+    return "mixed" if "for" in said else "contradicted"
 
 
 def _compared(contrast: Contrast, table: FilledTable, look: Look) -> Compared:

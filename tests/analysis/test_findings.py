@@ -96,7 +96,7 @@ FIRST, SECOND = {"Algo": "A"}, {"Algo": "B"}
         ((-0.1, -0.1), "contradicted"),
         ((-0.1, 0.0), "contradicted"),
         ((0.1, -0.1), "mixed"),
-        ((0.1, 0.0), "mixed"),
+        ((0.1, 0.0), "partly confirmed"),
         ((0.0, 0.0), "undecided"),
     ],
 )
@@ -274,7 +274,14 @@ def test_labels_by_pattern_by_another_axis_and_what_makes_no_sense():
 
 @pytest.mark.parametrize(
     ("said", "expected"),
-    [((), "not tested"), (("for",), "confirmed"), (("for", "open"), "mixed"), (("open", "against"), "contradicted")],
+    [
+        ((), "not tested"),
+        (("for",), "confirmed"),
+        (("for", "open"), "partly confirmed"),
+        (("for", "against", "open"), "mixed"),
+        (("open", "against"), "contradicted"),
+        (("open",), "undecided"),
+    ],
 )
 def test_verdicts_follow_from_what_comparisons_say(said, expected):
     assert verdict(said) == expected
