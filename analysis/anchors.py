@@ -1,7 +1,8 @@
 """Published numbers against ours: compared where model, protocol and settings are the same, else what is missing.
 
-The numbers are in `analysis/data/anchors.yaml`. An agreement is within the tolerance that the file gives; it vouches
-for the settings that the source states, not for those it leaves out.
+The numbers that qbench knows are in `analysis/data/anchors.yaml`; `qbench align` stores them, and those of other files
+of that form, in table `anchor`. An agreement is within the tolerance that the file gives; it vouches for the settings
+that the source states, not for those it leaves out.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,45 +15,17 @@ import pandas as pd
 from analysis.axes import scheme_of
 from analysis.tables.labels import is_baseline
 from analysis.tables.render import Entry, Plain, with_error
+from qbench.errors import AssetError, SpecError
 from qbench.metrics import metric_info
 from qbench.store import queries
 from qbench.store.database import Database
-from qbench.store.records import MetricRow, RunRow
+from qbench.store.records import Anchor, MetricRow, RunRow, field_names
 
 Status = Literal["agrees", "differs", "missing"]
 FULL_PRECISION = "full precision"
-_FILE = Path(__file__).parent / "data" / "anchors.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchor:
-    """A published value with its settings; what the source does not state is None.
-
-    `weights` is a row's weight_format, or "full precision", `stages` names the pipeline's. `reading` says why
-    no evaluation measures what the source did.
-    """
-
-    source: str
-    url: str
-    model: str
-    task: str
-    protocol: str
-    metric: str
-    tolerance: float
-    algo: str
-    weights: str
-    inputs: str | None
-    value: float
-    calib: str | None = None
-    calib_n: int | None = None
-    calib_length: int | None = None
-    stages: tuple[str, ...] | None = None
-    reading: str | None = None
-
-    @property
-    def formats(self) -> str:
-        """Weights, and inputs where they are quantized."""
-        return self.weights + (f", inputs {self.inputs}" if self.inputs else "")
+ANCHORS = Path(__file__).parent / "data" / "anchors.yaml"
+_NEEDED = ("source", "url", "model", "task", "protocol", "metric", "tolerance", "values")
+_KEYS = (*_NEEDED, "calibration", "stages", "reading")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,49 +39,84 @@ class Aligned:
     why: str = ""
 
 
-def anchors(path: Path = _FILE) -> tuple[Anchor, ...]:
-    """All published numbers of a data file."""
+def anchors(path: Path = ANCHORS) -> tuple[Anchor, ...]:
+    """All published numbers of a data file; AssetError if there is none, SpecError for anything not as expected."""
     import yaml  # here: nothing else of the analysis needs it
 
-    found = []
-    for table in yaml.safe_load(path.read_text(encoding="utf-8"))["tables"]:
-        shared = {name: table[name] for name in ("source", "url", "model", "protocol", "metric", "tolerance")}
-        shared["reading"] = table.get("reading")
-        for formats, values in table["values"].items():
-            weights, _, inputs = formats.partition(",")
-            for algo, given in values.items():
-                calibration, stages = (_of_algo(table.get(each), algo) for each in ("calibration", "stages"))
-                several = isinstance(given, list)
-                for task, value in zip(table["task"], given, strict=True) if several else [(table["task"], given)]:
-                    found.append(
-                        Anchor(
-                            **shared,
-                            task=task,
-                            algo=algo,
-                            weights=weights,
-                            inputs=inputs or None,
-                            value=float(value),
-                            calib=(calibration or {}).get("text"),
-                            calib_n=(calibration or {}).get("n"),
-                            calib_length=(calibration or {}).get("length"),
-                            stages=tuple(stages) if stages else None,
-                        )
-                    )
-    return tuple(found)
+    if not path.is_file():
+        raise AssetError(f"{path}: no such file")
+    try:
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError("anchors", path, " ".join(str(error).split())) from error
+    if not isinstance(node, Mapping) or set(node) != {"tables"} or not isinstance(node["tables"], list):
+        raise SpecError("anchors", path, "a mapping with the list `tables`, as in analysis/data/anchors.yaml")
+    return tuple(each for i, table in enumerate(node["tables"]) for each in _of_table(f"tables.{i}", table))
 
 
-def _of_algo(given: Mapping[str, Any] | None, algo: str) -> Any:
+def _of_table(where: str, table: Mapping[str, Any]) -> Iterator[Anchor]:
+    """The numbers of one table of a data file."""
+    if not isinstance(table, Mapping):
+        raise SpecError(where, table, f"a mapping with {', '.join(_NEEDED)}")
+    for name in (*(each for each in table if each not in _KEYS), *(each for each in _NEEDED if each not in table)):
+        accepted = f"needed: {', '.join(_NEEDED)}; accepted: {', '.join(_KEYS)}"
+        raise SpecError(f"{where}.{name}", table.get(name), accepted)
+    shared = {name: str(table[name]) for name in ("source", "url", "model", "protocol", "metric")}
+    shared |= {"tolerance": _number(f"{where}.tolerance", table["tolerance"]), "reading": table.get("reading")}
+    for formats, values in _mapping(f"{where}.values", table["values"]).items():
+        weights, _, inputs = str(formats).partition(",")
+        for algo, given in _mapping(f"{where}.values.{formats}", values).items():
+            calibration, stages = (_of_algo(where, table, each, algo) for each in ("calibration", "stages"))
+            tasks, numbers = (each if isinstance(each, list) else [each] for each in (table["task"], given))
+            if len(tasks) != len(numbers):
+                raise SpecError(f"{where}.values.{formats}.{algo}", given, f"a value for each of {', '.join(tasks)}")
+            for task, value in zip(tasks, numbers, strict=True):
+                yield Anchor(
+                    **shared,
+                    task=str(task),
+                    algo=str(algo),
+                    weight_format=weights,
+                    act_format=inputs.strip() or None,
+                    value=_number(f"{where}.values.{formats}.{algo}", value),
+                    calib=(calibration or {}).get("text"),
+                    calib_n=(calibration or {}).get("n"),
+                    calib_length=(calibration or {}).get("length"),
+                    stages=tuple(stages) if stages else None,
+                )
+
+
+def _of_algo(where: str, table: Mapping[str, Any], key: str, algo: str) -> Any:
     """What a table says for this algorithm, or for all."""
-    return (given or {}).get(algo, (given or {}).get("all"))
+    given = _mapping(f"{where}.{key}", table.get(key) or {})
+    return given.get(algo, given.get("all"))
+
+
+def _mapping(where: str, node: object) -> Mapping[str, Any]:
+    if not isinstance(node, Mapping):
+        raise SpecError(where, node, "a mapping")
+    return node
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SpecError(where, value, "a number")
+    return float(value)
 
 
 def align(database: Database, published: Sequence[Anchor] | None = None) -> tuple[Aligned, ...]:
-    """Every published number against the newest finished run with its settings (None: those of the data file)."""
+    """Every published number against the newest finished run with its settings (None: those of `known`)."""
     runs = queries.runs(database, status="done")
     measured: dict[int, list[MetricRow]] = {}
     for each in queries.metrics(database, [run.id for run in runs]):
         measured.setdefault(each.run_id, []).append(each)
-    return tuple(_aligned(each, runs, measured) for each in (anchors() if published is None else published))
+    return tuple(_aligned(each, runs, measured) for each in (known(database) if published is None else published))
+
+
+def known(database: Database) -> tuple[Anchor, ...]:
+    """The numbers of the data file, then those that the database has of other sources."""
+    ours = anchors()
+    sources = {each.source for each in ours}
+    return ours + tuple(each for each in queries.anchors(database) if each.source not in sources)
 
 
 def align_table(found: Sequence[Aligned]) -> Plain:
@@ -129,7 +137,7 @@ def align_table(found: Sequence[Aligned]) -> Plain:
         )
         records.append(
             {
-                **{name: getattr(anchor, name) for name in Anchor.__dataclass_fields__},
+                **{name: getattr(anchor, name) for name in field_names(Anchor)},
                 **{"ours": None if ours is None else ours.value, "stderr": None if ours is None else ours.stderr},
                 **{"key": each.run.key if each.run else None, "status": each.status, "why": each.why},
             }
@@ -171,10 +179,10 @@ def _aligned(anchor: Anchor, runs: Sequence[RunRow], measured: dict[int, list[Me
 def _demands(anchor: Anchor) -> Iterator[tuple[str, Callable[[RunRow], bool]]]:
     """(in words, whether a run meets it) for everything that a run must have to be compared, from coarse to fine."""
     yield f"a run of {anchor.model}", lambda run: model_name(run.model) == anchor.model
-    if anchor.weights == FULL_PRECISION:
+    if anchor.weight_format == FULL_PRECISION:
         yield f"{FULL_PRECISION} of it", is_baseline
         return
-    formats = (anchor.weights, anchor.inputs, None)
+    formats = (anchor.weight_format, anchor.act_format, None)
     yield f"the format {anchor.formats}", lambda run: _formats(run) == formats
     yield f"the algorithm {anchor.algo}", lambda run: run.algo == anchor.algo
     if anchor.stages:

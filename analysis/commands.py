@@ -69,6 +69,7 @@ def add_commands(commands: argparse._SubParsersAction, shared: argparse.Argument
     analysing.set_defaults(command=_attribute)
 
     aligning = commands.add_parser("align", parents=[shared], help="published numbers against those of the database")
+    aligning.add_argument("--anchors", metavar="FILE", type=Path, action="append", help="published numbers of your own")
     aligning.add_argument("--out", metavar="FOLDER", type=Path, help="also write LaTeX, Markdown, HTML and CSV there")
     aligning.set_defaults(command=_align)
 
@@ -146,8 +147,16 @@ def _attribute(database: Database, options: argparse.Namespace) -> int:
 
 
 def _align(database: Database, options: argparse.Namespace) -> int:
-    from analysis.anchors import align, align_table
+    from analysis.anchors import ANCHORS, align, align_table, anchors
 
+    given = [*anchors(ANCHORS)]
+    for path in options.anchors or ():
+        more = anchors(path)
+        taken = {each.source for each in given} & {each.source for each in more}
+        if taken:
+            raise SpecError("--anchors", path, f"sources of their own; {min(taken)} is given elsewhere")
+        given += more
+    database.publish(given)  # in place of what these sources had
     return _show(align_table(align(database)), options, "align")
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from qbench.errors import AssetError, EvaluationError
@@ -23,6 +23,7 @@ from qbench.store import schema
 from qbench.store.connect import first_line, open_engine, reading, writing
 from qbench.store.owner import HEARTBEAT_INTERVAL_S, is_alive, new_owner
 from qbench.store.records import (
+    Anchor,
     Artifact,
     Claim,
     Environment,
@@ -176,6 +177,20 @@ class Database:
             if values:
                 connection.execute(insert(schema.noise), values)
 
+    def publish(self, anchors: Sequence[Anchor]) -> int:
+        """Store published numbers, in place of those that the same sources had; how many rows changed, came or went."""
+        table = schema.anchor
+        sources = {each.source for each in anchors}
+        with self.write() as connection:
+            query = select(table).where(table.c.source.in_(sources)).order_by(table.c.id)
+            held = [_without_id(row) for row in connection.execute(query).mappings()]
+            wanted = [_values(each, Anchor) | {"stages": each.stages and list(each.stages)} for each in anchors]
+            if held == wanted:
+                return 0
+            connection.execute(delete(table).where(table.c.source.in_(sources)))
+            connection.execute(insert(table), wanted)
+            return sum(row not in held for row in wanted) + sum(row not in wanted for row in held)
+
     def fail(self, claim: Claim, error_type: str, message: str, trace: str, outcome: Outcome | None = None) -> bool:
         """Set a claimed run failed, with its error and as much of the outcome as there is.
 
@@ -311,6 +326,10 @@ def _insert_failures(connection: Connection, run_id: int, failures: Iterable[Fai
 def _values(record: object, kind: type) -> dict[str, Any]:
     """The columns that the dataclass `kind` stands for, from an instance of it."""
     return {name: getattr(record, name) for name in field_names(kind)}
+
+
+def _without_id(row: RowMapping) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "id"}
 
 
 def _now() -> str:

@@ -30,8 +30,8 @@ _SAME_NOISE = ("family", "spec_key", "name", "component", "environment_id", "cre
 class Merged:
     """What a merge did. `added` attempts at keys were new here, `present` were here before, `running` ones were left
     where they are worked on; `replaced` keys now count by the newcomer, `kept` new attempts are superseded by what was
-    here, `measurements` came along (of them `shared` also to the counting run of equal weights). `different` lists
-    keys whose two finished runs have different weights."""
+    here, `measurements` came along (of them `shared` also to the counting run of equal weights), as did `anchors` of
+    sources that had none here. `different` lists keys whose two finished runs have different weights."""
 
     added: int = 0
     present: int = 0
@@ -41,6 +41,7 @@ class Merged:
     measurements: int = 0
     shared: int = 0
     noise: int = 0
+    anchors: int = 0
     different: list[str] = field(default_factory=list)
 
 
@@ -59,6 +60,7 @@ def merge(target: Database, source: Database) -> Merged:
         with target.write() as writing:
             environments = _environments(reading, writing)
             found.noise = _merge_noise(reading, writing, environments)
+            found.anchors = _merge_anchors(reading, writing)
         by_key: dict[str, list[Row]] = {}
         for row in _rows(reading, schema.run):
             by_key.setdefault(row["key"], []).append(row)
@@ -215,4 +217,12 @@ def _merge_noise(reading: Connection, writing: Connection, environments: Mapping
     missing = [row for row in rows if tuple(row[name] for name in _SAME_NOISE) not in held]
     if missing:
         writing.execute(insert(schema.noise), missing)
+    return len(missing)
+
+
+def _merge_anchors(reading: Connection, writing: Connection) -> int:
+    held = {row["source"] for row in _rows(writing, schema.anchor)}
+    missing = [_without(row, "id") for row in _rows(reading, schema.anchor) if row["source"] not in held]
+    if missing:
+        writing.execute(insert(schema.anchor), missing)
     return len(missing)

@@ -10,6 +10,7 @@ from qbench.errors import AssetError, SpecError
 from qbench.store import schema
 from qbench.store.database import Database
 from qbench.store.records import (
+    Anchor,
     Artifact,
     Environment,
     Failure,
@@ -149,6 +150,13 @@ def noise(database: Database, families: Iterable[str]) -> dict[tuple[str, str, s
     for (family, spec_key, name, _), component in newest.items():
         found.setdefault((family, spec_key, name), []).append(component)
     return found
+
+
+def anchors(database: Database) -> list[Anchor]:
+    """The published numbers, source by source in the order in which they were stored."""
+    with database.read() as connection:
+        rows = connection.execute(select(schema.anchor).order_by(schema.anchor.c.id)).mappings()
+        return [_record(Anchor, {**row, "stages": row["stages"] and tuple(row["stages"])}) for row in rows]
 
 
 def environment(database: Database, environment_id: int) -> Environment:

@@ -133,6 +133,40 @@ class Noise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """A published value with its settings; what its source does not state is None.
+
+    `weight_format` is a row's, or "full precision"; `stages` names those of the pipeline; `tolerance` is a share of the
+    value. `reading` says why no evaluation measures what the source did.
+    """
+
+    source: str
+    url: str
+    model: str
+    task: str
+    protocol: str
+    metric: str
+    value: float
+    tolerance: float
+    algo: str
+    weight_format: str
+    act_format: str | None = None
+    calib: str | None = None
+    calib_n: int | None = None
+    calib_length: int | None = None
+    stages: tuple[str, ...] | None = None
+    reading: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_finite(f"{self.algo} {self.weight_format} on {self.task} in {self.source}", self.value)
+
+    @property
+    def formats(self) -> str:
+        """Weights, and inputs where they are quantized."""
+        return self.weight_format + (f", inputs {self.act_format}" if self.act_format else "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A file or folder that a run left behind. `sha256` is 64 hex digits, `bytes` its size."""
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0004"  # of the newest migration
+REVISION = "0005"  # of the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -196,4 +196,27 @@ noise = Table(
     Column("values", JSON, nullable=False),
     Column("environment_id", ForeignKey("environment.id"), nullable=False),
     Column("created", String(32), nullable=False),
+)
+
+# A published number with its settings, to hold runs against; what its source does not state is NULL.
+anchor = Table(
+    "anchor",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("source", Text, nullable=False, index=True),
+    Column("url", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("protocol", Text, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("value", Double, nullable=False),
+    Column("tolerance", Double, nullable=False),  # a share of the value
+    Column("algo", Text, nullable=False),
+    Column("weight_format", Text, nullable=False),  # or "full precision"
+    Column("act_format", Text),
+    Column("calib", Text),
+    Column("calib_n", Integer),
+    Column("calib_length", Integer),
+    Column("stages", JSON(none_as_null=True)),
+    Column("reading", Text),  # why no evaluation measures what the source did
 )

@@ -1,15 +1,20 @@
 import json
 import math
+import sqlite3
 
 import numpy as np
 import pytest
+import yaml
 
 from analysis.anchors import align, align_table, anchors, model_name
 from analysis.tables.render import write
 from qbench.cli import main
+from qbench.errors import SpecError
+from qbench.store import queries
 from tests.analysis.conftest import losses, measured
 
-GPTQ = next(each for each in anchors() if (each.algo, each.weights, each.value) == ("gptq", "int3_g128_asym", 6.318))
+OF_GPTQ = ("gptq", "int3_g128_asym", 6.318)
+GPTQ = next(each for each in anchors() if (each.algo, each.weight_format, each.value) == OF_GPTQ)
 SETTINGS = {
     **{"model": "meta-llama/Llama-2-7b-hf", "weight_format": "int3_g128_asym", "group_size": 128},
     **{"calib": "c4.train", "calib_n": 128, "calib_length": 2048},
@@ -95,7 +100,7 @@ def test_full_precision_is_compared_and_what_a_source_leaves_out_is_not(database
     assert [each.status for each in align(database, anchored(model="opt-125m", task="wikitext2"))] == [
         "agrees", "agrees", "missing", "missing",
     ]  # fmt: skip
-    mine = anchored(calib="c4", calib_n=None, weights="int3_g128_asym", algo="gptq")
+    mine = anchored(calib="c4", calib_n=None, weight_format="int3_g128_asym", algo="gptq")
     assert [each.task for each in mine] == ["wikitext2", "c4_new", "ptb"]
     store("gptq", 3, value(8.385, task="c4_new.validation"), **(SETTINGS | {"calib_length": 512, "calib_n": 64}))
     assert [each.status for each in align(database, mine)] == ["missing", "agrees", "missing"]
@@ -124,3 +129,59 @@ def test_the_command_shows_them(database, store, tmp_path, capsys):
     assert main(["align", "--store", f"sqlite:///{tmp_path}/results.db"]) == 0
     assert "a run of llama-2-7b" not in (shown := capsys.readouterr().out)
     assert "agrees" in shown
+
+
+OWN = {
+    **{"source": "a paper", "url": "https://example.org", "model": "llama-2-7b", "task": ["wikitext2", "c4_new"]},
+    **{"protocol": "window-2048", "metric": "ppl", "tolerance": 0.01, "calibration": {"all": {"text": "c4", "n": 128}}},
+    **{"stages": {"gptq": ["gptq"]}, "values": {"int3_g128_asym,int8_token": {"gptq": [6.5, 9.5]}}},
+}
+
+
+def own(path, **changes):
+    path.write_text(yaml.safe_dump({"tables": [{**OWN, **changes}]}))
+    return path
+
+
+def test_published_numbers_are_rows(database, tmp_path, capsys):
+    """Those of the package and of a file of one's own; published anew they replace those of the same source."""
+    arguments = ["align", "--store", f"sqlite:///{tmp_path}/results.db"]
+    assert main(arguments) == 0
+    assert queries.anchors(database) == [*anchors()]
+    assert main([*arguments, "--anchors", str(own(tmp_path / "own.yaml"))]) == 0
+    assert "a paper" in capsys.readouterr().out
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        columns = "task, value, tolerance, algo, weight_format, act_format, calib, calib_n, calib_length, stages"
+        rows = connection.execute(f"select {columns} from anchor where source = 'a paper'").fetchall()
+    settings = (0.01, "gptq", "int3_g128_asym", "int8_token", "c4", 128, None, '["gptq"]')
+    assert rows == [("wikitext2", 6.5, *settings), ("c4_new", 9.5, *settings)]
+    assert main(arguments) == 0  # they stay, and are compared without being named again
+    assert "a paper" in capsys.readouterr().out
+    assert database.publish(anchors(tmp_path / "own.yaml")) == 0
+    changed = anchors(own(tmp_path / "own.yaml", values={"int3_g128_asym": {"gptq": [6.5, 9.6]}}, stages={}))
+    assert database.publish(changed) == 4
+    assert queries.anchors(database) == [*anchors(), *changed]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sauce": 1}, "tables.0.sauce=1: needed: source, url"),
+        ({"values": {"int3_g128_asym": {"gptq": 6.5}}}, "a value for each of wikitext2, c4_new"),
+        ({"values": {"int3_g128_asym": {"gptq": ["low", 1]}}}, "tables.0.values.int3_g128_asym.gptq=low: a number"),
+        ({"tolerance": "small"}, "tables.0.tolerance=small: a number"),
+        ({"calibration": "c4"}, "tables.0.calibration=c4: a mapping"),
+    ],
+)
+def test_a_file_that_is_not_as_expected_is_refused(tmp_path, changes, message):
+    with pytest.raises(SpecError, match=message.replace(".", r"\.")):
+        anchors(own(tmp_path / "own.yaml", **changes))
+
+
+def test_nothing_is_stored_of_a_file_that_is_refused(database, tmp_path, capsys):
+    store = f"sqlite:///{tmp_path}/results.db"
+    taken, bad = own(tmp_path / "own.yaml", source=GPTQ.source), own(tmp_path / "bad.yaml", x=1)
+    for path in (taken, bad, tmp_path / "none.yaml"):
+        assert main(["align", "--store", store, "--anchors", str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert queries.anchors(database) == []

@@ -10,13 +10,30 @@ from qbench.errors import AssetError
 from qbench.store import queries, schema
 from qbench.store.database import Database
 from qbench.store.merge import merge, source_url
-from qbench.store.records import Artifact, Environment, Failure, LayerMetric, Measurement, Noise, Outcome, RunColumns
+from qbench.store.records import (
+    Anchor,
+    Artifact,
+    Environment,
+    Failure,
+    LayerMetric,
+    Measurement,
+    Noise,
+    Outcome,
+    RunColumns,
+)
 
 HERE = Environment(
     git_commit="a" * 40, git_dirty=False, versions={}, platform="p", cpu="c", threads=1, gpu=None, driver=None
 )
 THERE = replace(HERE, cpu="another")
 NLLS = np.array([2.0, 2.5, 3.0])
+ANCHORS = [
+    Anchor(
+        **{"source": source, "url": "https://example.org", "model": "m", "task": "t", "protocol": "p", "metric": "ppl"},
+        **{"value": 3.0, "tolerance": 0.01, "algo": "gptq", "weight_format": "int4_g64_asym", "stages": ("gptq",)},
+    )
+    for source in ("a paper", "another")
+]
 
 
 def measured(name="ppl", spec_key="e" * 64) -> Measurement:
@@ -106,9 +123,11 @@ def test_into_an_empty_database_everything_comes_as_it_is(database, other):
         ],
         THERE,
     )
+    other.publish(ANCHORS)
     before = dump(other)
     found = merge(database, other)
-    assert (found.added, found.present, found.measurements, found.noise) == (4, 0, 2, 1)
+    assert (found.added, found.present, found.measurements, found.noise, found.anchors) == (4, 0, 2, 1, 2)
+    assert queries.anchors(database) == ANCHORS
     assert dump(other) == before
     for name, table in schema.metadata.tables.items():
         assert count(database, table) == len(before[name]), name
@@ -131,11 +150,14 @@ def test_twice_is_once(database, other):
     done(other, "k1", THERE)
     done(other, "k2", THERE, codes="2" * 64)
     failed(other, "k3")
+    other.publish(ANCHORS)
+    database.publish(ANCHORS[1:])
     merge(database, other)
     once = dump(database)
     again = merge(database, other)
     assert dump(database) == once
-    assert (again.added, again.kept, again.measurements, again.shared, again.noise) == (0, 0, 0, 0, 0)
+    assert (again.added, again.kept, again.measurements, again.shared, again.noise, again.anchors) == (0,) * 6
+    assert queries.anchors(database) == ANCHORS[::-1]  # of a source that both have, those that were here
 
 
 def test_there_and_back_again_adds_nothing_new(database, other):
