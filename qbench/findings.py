@@ -8,16 +8,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from analysis.claims import MIXTURES
 from analysis.findings.page import write_page
 from analysis.findings.takeaways import TAKEAWAYS, Axes, check, takeaways
+from analysis.findings.words import takeaways_table
 from analysis.tables.checked import checked
 from analysis.tables.filled import filled
+from analysis.tables.render import OnTerminal
 from qbench.checks import choice
 from qbench.declaration import SIZES, Declaration, declared_names, load, tables_dir
 from qbench.errors import EvaluationError
@@ -51,13 +51,7 @@ def main(options: argparse.Namespace) -> int:
                 console.print(line, highlight=False, soft_wrap=True)
                 return 1
         found, paths = write_page(database, given, tables, options.out, allow)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("takeaway", "", "verdict", "tested", "not tested"):
-        drawn.add_column(title, justify="right" if "tested" in title else "left")
-    for each in found:
-        counts = map(str, (len(each.tested), len(each.untested)))
-        drawn.add_row(each.takeaway.id, escape(each.takeaway.title), each.verdict, *counts)
-    console.print(drawn)
+    console.print(OnTerminal(takeaways_table(found, options.size)))
     for path in paths:
         console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
     return 0

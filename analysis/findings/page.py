@@ -1,15 +1,14 @@
 """The findings as one Markdown page: a summary, then every declared table with its figure and what it says."""
 
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analysis.claims import code_of
 from analysis.findings.takeaways import Takeaway
-from analysis.findings.verdicts import ALPHA, Compared, Finding, Verdict, findings
+from analysis.findings.verdicts import ALPHA, Compared, Finding, findings
+from analysis.findings.words import counted, p_range, p_text, said
 from analysis.tables.declared import FilledTable
 from analysis.tables.declared_text import markdown, md
 from analysis.tables.figure import write_figure
@@ -124,9 +123,8 @@ def _summary(found: Sequence[Finding]) -> list[str]:
     lines = ["| takeaway | verdict | comparisons | p, smallest to largest | over the page |", "|---|---|---|---|---|"]
     for each in found:
         link = f"[{each.takeaway.id}. {md(each.takeaway.title)}](#{_anchor(each.takeaway)})"
-        on_page = "" if each.verdict == "not tested" else _said(each, each.on_page)
-        said = _said(each, each.verdict)
-        lines.append(f"| {link} | **{said}** | {_counted(each)} | {_range(each)} | {on_page} |")
+        on_page = "" if each.verdict == "not tested" else said(each, each.on_page)
+        lines.append(f"| {link} | **{said(each)}** | {counted(each)} | {p_range(each)} | {on_page} |")
     return lines
 
 
@@ -190,14 +188,14 @@ def _provenance(database: Database, table: FilledTable) -> str:
 
 def _finding(each: Finding) -> list[str]:
     takeaway = each.takeaway
-    lines = [f"### {takeaway.id}. {md(takeaway.title)}: {_said(each, each.verdict)}", ""]
+    lines = [f"### {takeaway.id}. {md(takeaway.title)}: {said(each)}", ""]
     lines[0] = f'<a id="{_anchor(takeaway)}"></a>\n\n{lines[0]}'
     text = f"{md(takeaway.statement)} *{md(takeaway.source)}.*"
     lines += [f"{text} Here: {md(takeaway.here)}" if takeaway.here else text, ""]
     if takeaway.needs:
         return [*lines, f"Not tested: {md(takeaway.needs)}"]
     if each.tested:
-        counts = f"{_counted(each)}; p {_range(each)}."
+        counts = f"{counted(each)}; p {p_range(each)}."
         rows = _comparisons(each.tested)
         folded = len(each.tested) >= _FOLDED
         opened = [f"<details><summary>{counts}</summary>", "", *rows, "", "</details>"]
@@ -211,9 +209,9 @@ def _comparisons(tested: Sequence[Compared]) -> list[str]:
     for each in tested:
         values = "; ".join(f"{number(ahead)} and {number(behind)}" for ahead, behind in each.values)
         effect = f"{with_error(each.effect, each.stderr, sign=True)} {each.unit}".strip()
-        said = each.says(each.p_holm)
-        shown = f"**{said}**" if said != "open" else said
-        cells = (md(each.contrast.what), md(each.contrast.where), values, effect, _p(each.p_holm), shown)
+        says = each.says(each.p_holm)
+        shown = f"**{says}**" if says != "open" else says
+        cells = (md(each.contrast.what), md(each.contrast.where), values, effect, p_text(each.p_holm), shown)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -229,31 +227,6 @@ def _untested(each: Finding) -> list[str]:
         more = f", and {len(named) - _NAMED} more cells" if len(named) > _NAMED else ""
         reasons.append(f"{reason}{' (' if named else ''}{'; '.join(named[:_NAMED])}{more}{')' if named else ''}")
     return [f"Not tested: {md('; '.join(reasons))}.", ""] if reasons else []
-
-
-def _said(each: Finding, verdict: Verdict) -> str:
-    """The verdict, and whether it may still change."""
-    return f"{verdict} so far" if each.untested and each.tested else verdict
-
-
-def _counted(each: Finding) -> str:
-    """2 for, 1 open, 3 not tested"""
-    counts = Counter(one.says(one.p_holm) for one in each.tested)
-    parts = [f"{counts[word]} {word}" for word in ("for", "against", "open") if counts[word]]
-    if each.untested:
-        parts.append(f"{len(each.untested)} not tested")
-    return ", ".join(parts) or "none"
-
-
-def _range(each: Finding) -> str:
-    values = sorted(one.p_holm for one in each.tested)
-    return " to ".join(dict.fromkeys(_p(value) for value in (values[:1] + values[-1:])))
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return "< 0.0001" if value < 1e-4 else f"{value:.{1 - math.floor(math.log10(value)) if value < 0.1 else 2}f}"
 
 
 def _runs(database: Database, tables: Sequence[FilledTable]) -> list[RunRow]:

@@ -78,7 +78,7 @@ class Finding:
 def findings(
     database: Database, takeaways: Sequence[Takeaway], tables: Mapping[str, FilledTable]
 ) -> tuple[Finding, ...]:
-    """Every takeaway with its verdict, from filled tables by name."""
+    """Every takeaway with its verdict, from filled tables by name; what has no table there is not tested."""
     wanted = {
         name: [each for row in table.declared.cells for cell in row for each in cell.wanted]
         for name, table in tables.items()
@@ -90,6 +90,9 @@ def findings(
         compared.append([])
         absent.append([])
         for each in takeaway.expects:
+            if each.table not in tables:
+                absent[-1].append(f"{each.table} has no run")
+                continue
             found, lacking = contrasts(each, tables[each.table].declared)
             compared[-1] += [_compared(one, tables[each.table], looks[each.table]) for one in found]
             absent[-1] += lacking

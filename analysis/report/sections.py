@@ -39,6 +39,7 @@ def sections(database: Database, declared: Sequence[Shown] | None = None, allow:
     metrics = tuple(dict.fromkeys(metric for metric, _ in counts))
     return [
         _declared(declared),
+        _takeaways(database, declared),
         _answer("best", "Best practice", metrics, lambda metric: _best(database, metric, allow)),
         _answer(
             "attribution",
@@ -86,6 +87,23 @@ def _declared(declared: Sequence[Shown] | None) -> Section:
     elif not any(isinstance(each, FilledTable) for each in declared):
         text.append("No run of a declared table is in the database: qbench fill t7 runs and draws one.")
     return _section("declared", "Declared tables", tables, figures, text)
+
+
+def _takeaways(database: Database, declared: Sequence[Shown] | None) -> Section:
+    """What the declared tables say about the paper's takeaways, by size."""
+    from analysis.findings.takeaways import takeaways
+    from analysis.findings.verdicts import findings
+    from analysis.findings.words import takeaways_table
+
+    by_size: dict[str, dict[str, FilledTable]] = {}
+    for each in declared or ():
+        if isinstance(each, FilledTable):
+            by_size.setdefault(each.declared.size, {})[each.declared.name] = each
+    tables = [
+        plain_table(takeaways_table(findings(database, takeaways(), some), size)) for size, some in by_size.items()
+    ]
+    text = [] if tables else ["Nothing to test: takeaways are about declared tables, of which none is shown."]
+    return _section("takeaways", "Takeaways of the literature", tables, text=text)
 
 
 def _figure_of(table: FilledTable, title: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from analysis.findings.contrasts import contrasts
 from analysis.findings.page import write_page
 from analysis.findings.takeaways import Expectation, Takeaway, check, takeaways
 from analysis.findings.verdicts import findings, verdict
+from analysis.findings.words import takeaways_table
 from analysis.tables.checked import checked
 from analysis.tables.declared import Cell, Declared, Wanted
 from analysis.tables.filled import filled
@@ -120,6 +121,23 @@ def test_what_has_no_runs_is_not_tested_and_says_which(database, plant):
     assert found.absent == ("t0 has no Algo “D” in this size",)
     assert found.verdict == "confirmed"
     assert judged(database, declared, expectation({"Algo": "C"}, SECOND)).verdict == "not tested"
+
+
+def test_a_takeaway_about_a_table_that_is_not_there_is_not_tested(database, plant):
+    gaps = {"A": 0.0, "B": 0.2}
+    declared = plant({(algo, bits): losses(3.2) + gap + own(ord(algo)) for algo, gap in gaps.items() for bits in BITS})
+    here = expectation(FIRST, SECOND)
+    there = replace(here, table="t9")
+    given = [takeaway(here), takeaway(here, there, id="2"), takeaway(there, id="3")]
+    found = findings(database, given, {"t0": filled(database, declared)})
+    assert [each.verdict for each in found] == ["confirmed", "confirmed", "not tested"]
+    assert [each.absent for each in found] == [(), ("t9 has no run",), ("t9 has no run",)]
+    table = takeaways_table(found, "demo")
+    assert [[entry.text for entry in row] for row in table.rows][::2] == [
+        ["1", "T", "confirmed", "2 for", "< 0.0001", "confirmed"],
+        ["3", "T", "not tested", "none", "", ""],
+    ]
+    assert "over all 4" in table.caption
 
 
 def test_p_values_are_those_of_the_paired_t_test_with_holms_correction(database, plant):

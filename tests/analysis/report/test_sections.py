@@ -4,6 +4,7 @@ import base64
 import re
 from dataclasses import replace
 
+from analysis.findings.takeaways import takeaways
 from analysis.report.page import page, report_data
 from analysis.report.sections import measured_points, sections
 from analysis.report.tables import ROWS, declared_table, plain_table, words_table
@@ -71,6 +72,17 @@ def test_each_declared_table_is_drawn_below(database, store):
     assert [each["title"] for each in found["figures"]] == ["T0 (tiny). Title, drawn"]
 
 
+def test_declared_tables_of_a_size_say_what_becomes_of_the_takeaways(database, store):
+    tiny = tables.filled(database, declared_of(store))
+    demo = replace(tiny, declared=replace(tiny.declared, size="demo"))
+    found = named(database, declared=[tiny, demo])["takeaways"]
+    titles = [each["title"] for each in found["tables"]]
+    assert titles == ["The paper's takeaways (tiny)", "The paper's takeaways (demo)"]
+    rows = [[cell["text"] for cell in row["cells"]] for row in found["tables"][0]["rows"]]
+    assert [row[0] for row in rows] == [each.id for each in takeaways()]
+    assert {row[2] for row in rows} == {"not tested"}
+
+
 def test_a_plain_table_keeps_its_groups_marks_and_footnotes_and_long_parts_are_cut():
     rows = tuple((Entry(f"r{i}", bold=i == 0, notes=(1,) if i == 0 else ()), Entry(str(i))) for i in range(ROWS + 3))
     table = Plain(
@@ -91,6 +103,7 @@ def test_without_runs_every_section_says_what_is_missing(database):
     found = named(database, declared=[])
     assert "qbench fill" in found["declared"]["text"][0]
     assert "--tables none" in named(database)["declared"]["text"][0]
+    assert "none is shown" in found["takeaways"]["text"][0]
     for name in ("best", "attribution"):
         assert found[name]["text"] == ["Nothing to show: no finished run has been measured."]
     assert "no finished run" in found["fronts"]["text"][0]
