@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import matplotlib as mpl
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY = (
     "#0072B2",
@@ -58,6 +60,23 @@ def marks_in_order(labels: Sequence[str]) -> dict[str, Mark]:
     free = [mark for mark in (Mark(colour, marker) for marker, colour in pairs) if mark not in own.values()]
     others = [label for label in labels if label not in own]
     return own | {label: free[place % len(free)] for place, label in enumerate(others)}
+
+
+def wrapped(text: str, inches: float, size: float) -> str:
+    """`text` in lines of the house's font at `size` points that are at most so wide, broken between words."""
+    font, measure = FontProperties(family="sans-serif", size=size), TextToPath().get_text_width_height_descent
+    space = measure(" ", font, ismath=False)[0]
+    limit = 0.96 * inches * 72  # renderers that fit letters to pixels take a little more
+    lines, used = [], float("inf")
+    for word in text.split():
+        width = measure(word, font, ismath=False)[0]
+        if used + space + width > limit:
+            lines.append(word)
+            used = width
+        else:
+            lines[-1] += f" {word}"
+            used += space + width
+    return "\n".join(lines)
 
 
 def house_style() -> AbstractContextManager[None]:

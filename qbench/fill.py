@@ -19,7 +19,7 @@ from rich.markup import escape
 from analysis.claims import MIXTURES
 from analysis.tables import declared_text
 from analysis.tables.checked import checked
-from analysis.tables.declared import Cell, Declared, Wanted
+from analysis.tables.declared import RUN_COLUMNS, Cell, Declared, FilledTable, Wanted
 from analysis.tables.figure import write_figure
 from analysis.tables.filled import filled, superseded_specs
 from analysis.tables.plain import PlainTable
@@ -30,7 +30,8 @@ from qbench.declaration import CellWish, Declaration, declared_names, last_wins,
 from qbench.errors import EvaluationError, QbenchError, SpecError
 from qbench.store import queries
 from qbench.store.database import Database
-from qbench.sweep import LOG_COLUMNS, look_up, run_points, with_baselines
+from qbench.store.owner import state
+from qbench.sweep import LOG_COLUMNS, look_up, merged, run_points, with_baselines
 from qbench.taxonomy import taxonomy
 
 #: Every declared table.
@@ -122,10 +123,12 @@ def _fill(
     if composed and not options.render_only:
         code = _run_missing(composed, shared, options.only_failed, deadline, console)
     for table in tables:
+        if options.dry_run:
+            continue
         if isinstance(table, PlainTable):
             console.print(table)
             _write(console, table.name, shared.results, table.texts())
-        elif not options.dry_run:
+        else:
             code = max(code, _draw(table, shared, allow, console))
     return code
 
@@ -141,7 +144,7 @@ def compose(declaration: Declaration, settings: Sequence[str] = (), made: Made |
     for row, column, wish in declaration.cells():
         labels = tuple(level.label for level in row), tuple(level.label for level in column)
         try:
-            cells[labels], own = _cell(wish, settings, made)
+            cells[labels], own = _cell(wish, settings, made, declaration.aggregate)
         except QbenchError as error:
             raise QbenchError(f"{declaration.name}, {' / '.join(labels[0] + labels[1])}: {error}") from error
         points += own
@@ -184,7 +187,8 @@ def todo(points: Sequence[Point], database: Database) -> Todo:
             failed += [replace(point, evaluations=again)] if again else []
             missing += [replace(point, evaluations=rest)] if rest else []
         else:
-            counts["stale" if point.spec.key() in stale else found.state] += 1
+            interrupted = found.state == "running" and state(found.row) == "interrupted"
+            counts["stale" if point.spec.key() in stale else "missing" if interrupted else found.state] += 1
             missing.append(point)
     return Todo(counts=counts, missing=tuple(missing), failed=tuple(failed))
 
@@ -215,26 +219,40 @@ def _run_missing(
     for table in tables:
         declared = table.declared
         with Database(options.store_url) as database:
-            cells = filled(database, declared).counts
+            cells = _filled(database, declared).counts
             found = todo(table.points, database)
         _print_counts(console, f"{declared.name} ({declared.size}), cells", cells)
         _print_counts(console, f"{declared.name} ({declared.size}), runs", found.counts)
         wanted += found.failed if only_failed else found.missing
         failed |= bool(found.failed)
+    code = 0
     if failed and not only_failed:
         console.print("  what failed is not tried again, except with --only-failed", highlight=False, soft_wrap=True)
+        code = 0 if options.dry_run else 1
     if not wanted:
-        return 0
+        return code
     if deadline is not None and time.monotonic() >= deadline:
-        console.print("  time is up: nothing more is started", highlight=False)
-        return 0
-    return run_points(wanted, options, summary=False, deadline=deadline)
+        console.print(f"  time is up: {len(merged(wanted))} points are left for another time", highlight=False)
+        return code
+    return max(code, run_points(merged(wanted), options, summary=False, deadline=deadline))
+
+
+def _filled(database: Database, declared: Declared) -> FilledTable:
+    """The table as far as the database has it; EvaluationError, naming it, where that makes no table."""
+    try:
+        return filled(database, declared)
+    except EvaluationError as error:
+        raise EvaluationError(f"{declared.name}: {error}") from error
 
 
 def _draw(table: Composed, options: SweepOptions, allow: Sequence[str], console: Console) -> int:
     """Print and write the table; 1 where its cells must not stand in one table."""
     with Database(options.store_url) as database:
-        found = filled(database, table.declared)
+        try:
+            found = _filled(database, table.declared)
+        except EvaluationError as error:
+            console.print(f"[red]not drawn[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            return 1
         try:
             found = checked(database, found, varied=varied(table.declaration), allow=allow)
         except EvaluationError as error:
@@ -269,7 +287,7 @@ def _print_counts(console: Console, what: str, counts: Counter[str]) -> None:
     console.print(f"{what}: {', '.join(parts) or 'none'}", highlight=False, soft_wrap=True)
 
 
-def _cell(wish: CellWish, settings: Sequence[str], made: Made) -> tuple[Cell, list[Point]]:
+def _cell(wish: CellWish, settings: Sequence[str], made: Made, aggregate: str) -> tuple[Cell, list[Point]]:
     if wish.reason is not None:
         return Cell(metric=wish.metric, reason=wish.reason), []
     points = []
@@ -278,7 +296,25 @@ def _cell(wish: CellWish, settings: Sequence[str], made: Made) -> tuple[Cell, li
         if arguments not in made:
             made[arguments] = freeze(compose_one(list(arguments)))
         points.append(made[arguments])
+    if wish.metric[0] not in RUN_COLUMNS:
+        _check_metric(wish, points, aggregate)
     return Cell(metric=wish.metric, wanted=tuple(map(_wanted, points))), points
+
+
+def _check_metric(wish: CellWish, points: Sequence[Point], aggregate: str) -> None:
+    """SpecError for metrics that no evaluation of the cell gives, and for several values without a mean.
+
+    What an evaluation gives that follows from its tasks is known only when it has been measured.
+    """
+    given = [each.metrics for point in points for each in point.evaluations]
+    wanted = {name.partition(",")[0] for name in wish.metric}
+    if None not in given and not any(wanted.intersection(each) for each in given):
+        names = dict.fromkeys(name for each in given for name in each)
+        accepted = f"one of {', '.join((*names, *RUN_COLUMNS))}"
+        raise SpecError("metric", " or ".join(wish.metric), accepted)
+    values = sum(each is None or bool(wanted.intersection(each)) for each in given)
+    if aggregate == "none" and values > 1 and (None not in given or len(points) > 1):
+        raise SpecError("aggregate", aggregate, f"mean: a cell has {values} values of {' or '.join(wish.metric)}")
 
 
 def _wanted(point: Point) -> Wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 import time
@@ -57,13 +58,16 @@ def release_free_memory() -> None:
 class PeakMemory:
     """Largest resident set of this process (and memory of the device) since construction.
 
-    On Linux the kernel's high-water mark is reset; elsewhere the peak of the whole process is what there is.
+    On Linux the kernel's high-water mark is reset, to what is in use: what an earlier run freed is given back first.
+    Elsewhere the peak of the whole process is what there is.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        gc.collect()
+        release_free_memory()
         with suppress(OSError):  # not Linux, or not allowed: then the mark stays the process's own
             Path("/proc/self/clear_refs").write_text("5")
 

@@ -25,7 +25,7 @@ from qbench.session import Session
 from qbench.store import queries
 from qbench.store.database import Database
 from qbench.store.records import Measurement, Noise
-from qbench.sweep import run_points
+from qbench.sweep import run_points, with_baselines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def noise_floor(point: Point, plan: Plan, options: SweepOptions, say: Callable[[
     for component in ("calib_seed", "seed"):
         if component not in seeded:
             say(f"  {component}: {point.label} does not depend on it")
-    code = run_points([variant for variants in seeded.values() for variant in variants], options)
+    code = run_points(with_baselines([each for variants in seeded.values() for each in variants]), options)
     if code:
         raise SpecError("point", point.label, "runs that succeed: see the failure above")
     session, components = Session(), []

@@ -49,7 +49,7 @@ def run_sweep(configs: Sequence[DictConfig]) -> int:
     Raises SpecError or AssetError for anything that can be refused before the first point starts.
     """
     options = _shared_options(configs)
-    return run_points([freeze(config) for config in configs], options)
+    return run_points(with_baselines([freeze(config) for config in configs]), options)
 
 
 def measure_rows(rows: Sequence[RunRow], config: DictConfig, named: Path, store_url: str) -> int:
@@ -64,18 +64,17 @@ def measure_rows(rows: Sequence[RunRow], config: DictConfig, named: Path, store_
         raise SpecError("run", unfinished.id, f"a finished run; this one is {unfinished.status}")
     options = replace(sweep_options(config), store_url=store_url)
     evaluations = evaluations_of(OmegaConf.to_container(config.eval, resolve=True), "memory")
-    return run_points([rebuilt(row, evaluations, means(row, config, named)) for row in rows], options)
+    return run_points(with_baselines([rebuilt(row, evaluations, means(row, config, named)) for row in rows]), options)
 
 
 def run_points(
-    wanted: Sequence[Point], options: SweepOptions, *, summary: bool = True, deadline: float | None = None
+    points: Sequence[Point], options: SweepOptions, *, summary: bool = True, deadline: float | None = None
 ) -> int:
-    """Carry out the points and their baselines, as far as the database lacks them; the exit code.
+    """Carry out the points, each given once, as far as the database lacks them; the exit code.
 
     `summary`: end with the table and figures of a sweep. `deadline` (of `time.monotonic`): from then on none is
     started.
     """
-    points = with_baselines(wanted)
     console = Console()
     if not console.is_terminal:  # a log file has no width of its own
         console = Console(width=LOG_COLUMNS)
@@ -95,11 +94,14 @@ def run_points(
 
 
 def with_baselines(points: Sequence[Point]) -> list[Point]:
-    """The points, each once with all that is to be measured of it, after the full-precision points they are compared
-    with."""
+    """The points, `merged`, after the full-precision points they are compared with."""
+    return merged([*(each for each in map(baseline, points) if each.evaluations), *points])
+
+
+def merged(points: Sequence[Point]) -> list[Point]:
+    """The points, each once with all that is to be measured of it."""
     unique: dict[tuple, Point] = {}
-    baselines = [each for each in map(baseline, points) if each.evaluations]
-    for point in (*baselines, *points):
+    for point in points:
         identity = (point.spec.key(), str(point.export))
         known = unique.get(identity)
         unique[identity] = point if known is None else _with_evaluations(known, point.evaluations)
@@ -197,8 +199,10 @@ def _work(
     with SweepProgress(console, total, total - len(waiting)) as progress:
         while waiting:
             busy = []
-            for planned in waiting:
+            for place, planned in enumerate(waiting):
                 if deadline is not None and time.monotonic() >= deadline:
+                    left = len(waiting) - place + len(busy)
+                    console.print(f"time is up: {left} of {total} points are left for another time", highlight=False)
                     return failures
                 point = planned.point
                 key = point.spec.key()

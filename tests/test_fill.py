@@ -135,6 +135,7 @@ def test_the_plan_alone_and_drawing_alone_run_nothing(work, capsys):
     sql("delete from run where algo = 'gptq'")
     assert work.of("--dry-run") == (0, 0, 0)
     assert "2 missing" in capsys.readouterr().out
+    assert main(["fill", "t1", "--dry-run"]) == 0
     assert not Path("results/tables").exists()
     assert work.of("--render-only") == (0, 0, 0)
     assert state_of_cells() == {"done": 2, "missing": 2}
@@ -146,17 +147,18 @@ def test_when_time_is_up_nothing_more_starts(work):
     assert state_of_cells() == {"done": 2, "missing": 2}
 
 
-def test_time_that_runs_out_on_the_way_leaves_the_rest_for_later(work, monkeypatch):
+def test_time_that_runs_out_on_the_way_leaves_the_rest_for_later(work, monkeypatch, capsys):
     sql("delete from run where algo = 'gptq'")
     monkeypatch.setattr("qbench.sweep.time.monotonic", lambda: 99.0 if work.executed else 0.0)
     assert work.of("--limit-time", "50s") == (0, 1, 0)
+    assert "time is up: 1 of 2 points are left" in capsys.readouterr().out
     assert state_of_cells() == {"done": 3, "missing": 1}
 
 
 def test_what_failed_is_tried_again_only_when_asked(work, capsys):
     sql("update run set status = 'failed', error_type = 'NumericsError', error_message = 'bad' where algo = 'gptq'")
     sql("delete from run where algo = 'rtn' and bits = 2")
-    assert work.of() == (0, 1, 0)
+    assert work.of() == (1, 1, 0)
     out = capsys.readouterr().out
     assert "2 failed" in out
     assert "NumericsError: bad" in out
@@ -166,12 +168,33 @@ def test_what_failed_is_tried_again_only_when_asked(work, capsys):
     assert state_of_cells() == {"done": 3, "missing": 1}
 
 
+def test_full_precision_that_failed_is_left_alone_as_well(work):
+    """And one that is missing is not what failed."""
+    sql("update run set status = 'failed' where algo = 'none'", "delete from run where algo = 'rtn' and bits = 2")
+    assert work.of() == (1, 1, 0)
+    assert work.of("--only-failed") == (0, 1, 0)
+    sql("delete from run where algo = 'none'", "update run set status = 'failed' where algo = 'gptq'")
+    assert work.of("--only-failed") == (0, 2, 0)
+    assert work.of() == (0, 1, 0)
+
+
+def test_a_run_that_was_interrupted_is_missing(work, capsys):
+    some = "algo = 'gptq' and bits = 2"
+    sql(
+        f"delete from metric where run_id in (select id from run where {some})",
+        f"update run set status = 'running', owner = 'gone:1:2:3', heartbeat = 0 where {some}",
+    )
+    assert work.of("--dry-run") == (0, 0, 0)
+    assert "own (tiny), runs: 4 done, 1 missing" in capsys.readouterr().out
+    assert work.of() == (0, 1, 0)
+
+
 def test_a_measurement_that_failed_is_tried_again_only_when_asked(work):
     row = sql("select run_id, evaluator, protocol, task, spec_key, created from metric limit 1")[0]
     sql(f"delete from metric where run_id = {row[0]}")
     columns = "run_id, evaluator, protocol, task, spec_key, created, error_type, message, trace"
     sql(f"insert into failure ({columns}) values ({', '.join(map(repr, row))}, 'EvaluationError', 'no', 't')")
-    assert work.of() == (0, 0, 0)
+    assert work.of() == (1, 0, 0)
     assert work.of("--only-failed") == (0, 0, 1)
     assert work.of() == (0, 0, 0)
     assert state_of_cells() == {"done": 4}
@@ -233,7 +256,7 @@ def test_an_empty_database_is_drawn_with_what_is_missing(work, capsys):
     assert work.of("--render-only", "--store", "sqlite:///results/new.db") == (0, 0, 0)
     out = capsys.readouterr().out
     assert "not run" in out
-    assert "qbench fill own --size tiny" in out
+    assert "qbench fill runs it, in size tiny" in out
     assert state_of_cells() == {"missing": 4}
 
 
@@ -268,6 +291,37 @@ def test_bad_requests_are_refused_in_one_line(work, arguments, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "pppl"}, "own, R / 3: metric=pppl: one of ppl, quantize_s, peak_host_bytes"),
+        ({"metric": ["acc", "acc_norm"]}, "own, R / 3: metric=acc or acc_norm: one of ppl"),
+        ({"repeat": [["seed=0"], ["seed=1"]]}, "own, R / 3: aggregate=none: mean: a cell has 2 values of ppl"),
+        ({"set": ["eval=perplexity+decode"]}, "own, R / 3: aggregate=none: mean: a cell has 2 values of ppl"),
+    ],
+)
+def test_cells_that_can_have_no_value_are_refused_before_anything_runs(work, changes, message, capsys):
+    sql("delete from run")
+    Path("own.yaml").write_text(yaml.safe_dump(TABLE | changes))
+    for more in ((), ("--dry-run",)):
+        assert work.of(*more) == (2, 0, 0)
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_filled_leaves_others_alone(work, capsys):
+    """What an evaluation of tasks gives is known only afterwards."""
+    (Path("other.yaml")).write_text(yaml.safe_dump(TABLE))
+    sql("update metric set name = 'nll'")
+    assert main(["fill", "own.yaml", "other.yaml", "--size", "tiny", "--allow", "all", "--render-only"]) == 1
+    out = capsys.readouterr().out
+    assert "not drawn own: ppl: not among what was measured, nll" in out
+    assert "not drawn other" in out
+    assert work.of() == (2, 0, 0)
+    assert "own: ppl: not among what was measured, nll" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

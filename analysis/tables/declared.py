@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qbench.metrics import MetricInfo
+from qbench.metrics import MetricInfo, metric_info
 
 State = Literal["done", "missing", "stale", "failed", "running", "undefined"]
 
@@ -110,3 +110,11 @@ class FilledTable:
     counts: Mapping[str, int]
     run_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+
+
+def infos_of(table: FilledTable, column: int) -> list[MetricInfo]:
+    """What the cells of a column show; of a column without any value what is known of the metrics it was declared
+    with."""
+    shown = [row.cells[column].info for row in table.rows if row.cells[column].info is not None]
+    wanted = (row[column].metric[0] for row in table.declared.cells)
+    return shown or [RUN_COLUMNS[name][0] if name in RUN_COLUMNS else metric_info(name) for name in wanted]

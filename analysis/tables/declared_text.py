@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.tables.declared import Filled, FilledTable, Row
+from analysis.tables.declared import Filled, FilledTable, Row, infos_of
 from analysis.tables.render import TEX_FITTED
 
 ABSENT = {"missing": "not run", "stale": "stale", "failed": "failed", "running": "running", "undefined": "–"}
@@ -196,13 +196,10 @@ def _number(value: float, places: int, sign: str = "") -> str:
 
 def _metric_of(table: FilledTable, column: int) -> str:
     """The metric of a column, where all its cells show the same or variants of it; else that it was declared with."""
-    infos = [row.cells[column].info for row in table.rows if row.cells[column].info is not None]
+    infos = infos_of(table, column)
     same = len({info.name for info in infos}) == 1
     labels = (f"{i.label if same else i.family}{f', {i.unit}' if i.unit else ''} {i.arrow}".rstrip() for i in infos)
-    if infos:
-        return " or ".join(dict.fromkeys(labels))
-    names = list(dict.fromkeys(row[column].metric[0] for row in table.declared.cells))
-    return " or ".join(dict.fromkeys(name.partition(",")[0] for name in names) if len(names) > 1 else names)
+    return " or ".join(dict.fromkeys(labels))
 
 
 def legend(table: FilledTable, notes: dict[str, str], star: str = "*") -> list[str]:

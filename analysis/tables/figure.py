@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image  # matplotlib writes its PNGs with it
 
-from analysis.style import Mark, house_style, marks_in_order
-from analysis.tables.declared import Filled, FilledTable, Row
+from analysis.style import Mark, house_style, marks_in_order, wrapped
+from analysis.tables.declared import Filled, FilledTable, Row, infos_of
 from analysis.tables.declared_text import ABSENT
 
 #: Ratio of the largest to the smallest value of a panel beyond which a linear axis hides the differences at its foot.
@@ -25,6 +25,7 @@ LOG_BEYOND = 20.0
 _ABREAST = 5  # panels beside each other, but for whole groups of columns
 _GREY = "#666666"
 _DPI, _COLOURS = 120, 256
+_CAPTION_POINTS = 6.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def figure(table: FilledTable) -> Figure:
     deep = -(-len(declared.columns) // abreast)
     longest = max((len(line.label) for line in lines), default=0)
     width = 0.45 + 0.068 * longest + (1.75 if abreast > 2 else 2.4) * abreast
-    text = textwrap.fill(caption(table), int(width * 20))
+    text = wrapped(caption(table), width - 0.2, _CAPTION_POINTS)
     height = deep * (0.75 + 0.19 * len(lines)) + 0.14 * (text.count("\n") + 2)
     with house_style():
         drawn = Figure(figsize=(width, height), layout="constrained")
@@ -77,7 +78,7 @@ def figure(table: FilledTable) -> Figure:
                 axes.set_axis_off()
                 continue
             _panel(axes, table, column, lines, style)
-        drawn.supxlabel(text, fontsize=6.5, color="#444444", x=0.01, ha="left")
+        drawn.supxlabel(text, fontsize=_CAPTION_POINTS, color="#444444", x=0.01, ha="left")
     return drawn
 
 
@@ -87,13 +88,13 @@ def caption(table: FilledTable) -> str:
     parts = [f"{table.declared.title}. {table.caption}"]
     if any(cell.value is not None and cell.delta_stderr is not None for cell in cells):
         parts.append(
-            "Bars: ±1 standard error of the difference from full precision (dashed), paired item by item; without what"
-            " makes items hard for all."
+            "Bars: ±1 standard error of the difference from full precision (dashed), paired item by item; of the value"
+            " itself where there is no such difference."
         )
     elif any(cell.value is not None and cell.stderr is not None for cell in cells):
         parts.append("Bars: ±1 standard error.")
     if any(cell.best for cell in cells):
-        parts.append("Filled: best, or not distinguishable from it (paired, Holm, α = .05).")
+        parts.append("Hollow: worse than the best of the cells it is compared with (paired, Holm, α = .05).")
     reasons = dict.fromkeys(note for cell in cells if cell.value is None for note in cell.notes)
     parts += [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons]
     return " ".join([*parts, *table.notes])
@@ -234,10 +235,7 @@ def _short(value: float, _: int) -> str:
 
 def _quantity(table: FilledTable, column: int) -> str:
     """What a panel shows, in words, with unit and better direction."""
-    infos = [row.cells[column].info for row in table.rows if row.cells[column].info is not None]
-    if not infos:
-        names = (name.partition(",")[0] for row in table.declared.cells for name in row[column].metric)
-        return " or ".join(dict.fromkeys(names))
+    infos = infos_of(table, column)
     arrows = {False: " (better ←)", True: " (better →)", None: ""}
     words = dict.fromkeys(f"{i.quantity}{i.unit and f', {i.unit}'}{arrows[i.higher_is_better]}" for i in infos)
     return "\nor ".join(textwrap.fill(each, 26) for each in words)

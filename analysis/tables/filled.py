@@ -311,7 +311,7 @@ def _full_labels(labels: tuple[str, ...], several: bool) -> tuple[str, ...]:
 def _caption(declared: Declared, rows: Sequence[Row], look: Look) -> str:
     shown = [cell for row in rows if not row.full_precision for cell in row.cells if cell.state == "done"]
     if not shown:
-        return f"{declared.caption} Nothing has been measured yet: qbench fill {declared.name} --size {declared.size}."
+        return f"{declared.caption} Nothing has been measured yet: qbench fill runs it, in size {declared.size}."
     by_id: dict[int, RunRow] = {run.id: run for run in look.runs.values()}
     runs = [by_id[run_id] for run_id in dict.fromkeys(run_id for cell in shown for run_id in cell.run_ids)]
     shown_ids = {run.id for run in runs}

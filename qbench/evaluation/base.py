@@ -142,6 +142,9 @@ class Evaluation(ABC):
     #: Whether it also looks at the weights before rounding, which are kept for it: a second model in memory.
     keeps_unrounded: ClassVar[bool] = False
 
+    #: Names of the metrics that it gives, without what stands behind a comma; None: they follow from its tasks.
+    metrics: ClassVar[tuple[str, ...] | None] = None
+
     #: The option that `spec.length` comes from, for messages.
     length_option: ClassVar[str] = "eval.length"
 

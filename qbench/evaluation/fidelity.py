@@ -174,6 +174,8 @@ def fidelity(tokens: TokenFidelity, spec: EvaluationSpec, clusters: np.ndarray |
 class WindowFidelity(Evaluation):
     """Fidelity on a text's first windows."""
 
+    metrics = ("kl_mean", *QUANTILES, "kl_max", "top1_agreement", "rms_dp", "mean_dp", "nll_difference")
+
     corpus: Corpus
     cache_bytes: int = field(default=LIMIT_BYTES, compare=False)
 

@@ -96,6 +96,11 @@ def degeneration(
 class Continuations(Evaluation):
     """Greedy continuations of the first tokens of a text's windows of `stride` tokens."""
 
+    metrics = (
+        *("greedy_divergence", "greedy_divergence_median", "greedy_agreement"),
+        *("greedy_repetition", "greedy_distinct"),
+    )
+
     corpus: Corpus
     prompt: int
     tokens: int

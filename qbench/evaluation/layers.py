@@ -193,6 +193,8 @@ def _measurements(blocks: list[BlockValues], spec: EvaluationSpec) -> Iterator[M
 class LayerEvaluation(Evaluation):
     """Kurtosis and cosines on a text's first windows."""
 
+    metrics = ("weight_kurtosis", "input_kurtosis", "output_cosine")
+
     keeps_unrounded = True
 
     corpus: Corpus

@@ -53,6 +53,8 @@ def literature_text(definition: str, rows: list[str], *, raw_lines: bool) -> str
 class DocumentPerplexity(WindowEvaluation):
     """Perplexity of random windows, each from a document of its own."""
 
+    metrics = ("ppl",)
+
     rows: tuple[str, ...] = field(compare=False, repr=False)
 
     def preflight(self, context: Context) -> None:

@@ -159,6 +159,8 @@ def needle_measurements(
 class NeedleInContext(Evaluation):
     """Needles in texts of one length."""
 
+    metrics = ("needle_choice", "needle_exact")
+
     length_option: ClassVar[str] = "eval.lengths"
 
     corpus: Corpus

@@ -106,6 +106,8 @@ def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
 class WindowPerplexity(WindowEvaluation):
     """Perplexity of a text's first windows, each read in one forward."""
 
+    metrics = ("ppl",)
+
     corpus: Corpus
     separator: str = SEPARATOR
 
@@ -130,6 +132,8 @@ class WindowPerplexity(WindowEvaluation):
 @dataclass(frozen=True, kw_only=True)
 class DecodePerplexity(Evaluation):
     """The same token by token through the cache."""
+
+    metrics = ("ppl",)
 
     corpus: Corpus
 

@@ -155,6 +155,8 @@ def detokenizer(name: str) -> Callable[[str], str]:
 class RollingPerplexity(Evaluation):
     """Rolling perplexity of documents."""
 
+    metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+
     texts: Callable[[], list[str]] = field(compare=False)
     detokenize: str
 

@@ -75,6 +75,8 @@ def _runs(windows: Tensor, run: int) -> np.ndarray:
 class TokenDistance(CalibrationEvaluation):
     """Distance of the tokens of a perplexity's windows from the calibration's."""
 
+    metrics = ("token_kl", "unseen_tokens", "token_overlap")
+
     of: WindowEvaluation
     alpha: float
 

@@ -192,7 +192,7 @@ def test_a_metric_that_was_not_measured_is_an_error_that_names_what_was(database
 def test_an_empty_database_says_what_is_missing_in_every_form(database):
     table = filled(database, declared([[cell(sha("a"), baseline=sha("b"))]]))
     for text in texts(table):
-        assert "Nothing has been measured yet: qbench fill t0" in text.replace("\n", " ").replace("  ", " ")
+        assert "Nothing has been measured yet: qbench fill runs it" in text.replace("\n", " ").replace("  ", " ")
     assert list(declared_text.frame(table)["state"]) == ["missing"]
     assert checked(database, table).rows == table.rows
 
@@ -278,4 +278,4 @@ def test_variants_of_one_metric_share_a_heading(database, store):
     assert not any(row.full_precision for row in table.rows)
     assert declared_text.headers(filled(database, declared(wish[:1]))) == [("W0", "cosine q_proj ↑")]
     absent = [[cell(sha("x"), baseline=full, metric=f"output_cosine,{kind}")] for kind in ("q_proj", "k_proj")]
-    assert declared_text.headers(filled(database, declared(absent))) == [("W0", "output_cosine")]
+    assert declared_text.headers(filled(database, declared(absent))) == [("W0", "cosine ↑")]

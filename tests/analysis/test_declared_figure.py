@@ -1,6 +1,7 @@
 """Figures of declared tables: every cell in its place, full precision as a line, and what is missing by name."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,19 @@ def test_bars_are_those_of_the_paired_difference_where_it_is_known():
     ends = [tuple(segment[:, 0]) for bars in second.collections for segment in bars.get_segments()]
     assert ends == [(400.0, 1700.0)]  # on a logarithmic axis nothing reaches zero
     assert "±1 standard error of the difference from full precision" in caption(table(ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 9])
+def test_the_caption_stays_inside_the_figure(columns):
+    """Of wide letters, which fit fewer to a line, too."""
+    rows = [Row(labels=("RTN",), cells=(cell(10.0, best=True),) * columns)]
+    found = table(rows, tuple((f"c{i}",) for i in range(columns)), ("Method",))
+    for text in ("WMWM MWMWMW " * 40, "ill il " * 100, "Settings: " * 60):
+        drawn = figure(replace(found, caption=text))
+        drawn.draw_without_rendering()
+        box, page = drawn._supxlabel.get_window_extent(), drawn.bbox
+        assert page.x0 <= box.x0
+        assert 0.7 * page.x1 < box.x1 <= page.x1
 
 
 def test_large_ratios_take_a_logarithmic_axis():
