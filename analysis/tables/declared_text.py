@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.tables.declared import Filled, FilledTable, Row, infos_of
-from analysis.tables.render import TEX_FITTED
+from analysis.tables.render import TEX_FITTED, TEX_GAP
 
 ABSENT = {"missing": "not run", "stale": "stale", "failed": "failed", "running": "running", "undefined": "–"}
 _LEGEND = "* best, or not distinguishable from it (paired, Holm, α = .05)"
@@ -74,6 +74,7 @@ def latex(table: FilledTable) -> str:
         f"% qbench fill {declared.name} --size {declared.size}; runs {', '.join(map(str, table.run_ids)) or 'none'}",
         r"\begin{table}",
         r"\centering",
+        TEX_GAP,
         rf"\caption{{{tex(f'{declared.title}. {table.caption}')}}}",
         rf"\label{{tab:{declared.name}}}",
         TEX_FITTED[0],
@@ -141,7 +142,8 @@ def frame(table: FilledTable) -> pd.DataFrame:
             names = ("value", "stderr", "delta", "delta_stderr", "spread", "n", "best", "state", "protocol")
             record |= {name: getattr(cell, name) for name in names}
             records.append(record | {"runs": " ".join(map(str, cell.run_ids)), "notes": "; ".join(cell.notes)})
-    return pd.DataFrame.from_records(records)
+    found = pd.DataFrame.from_records(records)
+    return found.astype({"n": "Int64"}) if records else found
 
 
 def styled_cells(table: FilledTable) -> tuple[list[list[Styled]], dict[str, str]]:

@@ -64,12 +64,14 @@ class Plain:
 
 #: Around a tabular: its own width, or the line's where that is less.
 TEX_FITTED = (r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", "}")
+#: Room between a caption and the table below it: classes such as `article` expect captions below.
+TEX_GAP = r"\setlength{\belowcaptionskip}{6pt}"
 
 
 def latex(table: Plain, label: str = "") -> str:
     """A `table` environment for a document with \\usepackage{booktabs,graphicx}."""
     align = "".join("r" if table.is_numeric(i) else "l" for i in range(len(table.columns)))
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
+    lines = [r"\begin{table}", r"\centering", TEX_GAP, rf"\caption{{{_tex(table.title)}}}"]
     lines += [rf"\label{{{label}}}"] if label else []
     lines += [TEX_FITTED[0], rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines += [" & ".join(map(_tex, table.columns)) + r" \\"]
