@@ -113,7 +113,14 @@ function drawTable() {
 }
 
 function drawPages(count, pages, first) {
-  const go = (step) => () => { table.page += step; drawTable(); byName("table").scrollIntoView(); };
+  const go = (step) => () => {
+    table.page += step;
+    drawTable();
+    byName("table").scrollIntoView();
+    const { firstChild: back, lastChild: next } = byName("pages"); // new ones: the focus stays on the one pressed
+    const [pressed, other] = step < 0 ? [back, next] : [next, back];
+    (pressed.disabled ? other : pressed).focus({ preventScroll: true });
+  };
   const words = `${count ? first + 1 : 0}–${Math.min(first + table.size, count)} of ${count.toLocaleString("en")}`;
   put(
     byName("pages"),

@@ -326,6 +326,19 @@ def test_five_thousand_runs_are_shown_a_page_at_a_time(filled, visit):
     assert len(browser.find_elements("css selector", "#table tbody tr")) == 100
 
 
+def test_turning_pages_keeps_the_focus_on_their_buttons(filled, visit):
+    from selenium.webdriver.common.keys import Keys
+
+    browser = visit(page(tiled(report_data(filled, STORE), 250)))
+    pages = browser.find_element("id", "pages")
+    pages.find_element("css selector", "button:last-child").send_keys(Keys.ENTER)
+    for words, focused in (("101–200 of 250", "Next →"), ("201–250 of 250", "← Back"), ("101–200 of 250", "← Back")):
+        assert pages.find_element("tag name", "span").text == words
+        assert browser.switch_to.active_element.text == focused
+        browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert pages.find_element("tag name", "span").text == "1–100 of 250"
+
+
 def tiled(data: dict, total: int) -> dict:
     """The same runs again and again, under new ids."""
     data = copy.deepcopy(data)
