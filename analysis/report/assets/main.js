@@ -44,10 +44,15 @@ function route() {
     return;
   }
   if (wasList) returnTo = window.scrollY;
+  const choosing = document.activeElement === byName("beside");
   drawRun(run, other === undefined ? null : other);
   byName("list").hidden = true;
   byName("run").hidden = false;
   document.title = `${data.labels[run]} · qbench report`;
+  if (choosing) {
+    byName("beside").focus(); // arrow keys go on from what they chose
+    return;
+  }
   window.scrollTo(0, 0);
   byName("run").focus({ preventScroll: true });
 }

@@ -1,4 +1,6 @@
 // The page of one run, or of two side by side.
+const OFFERED = 500; // runs to choose from: a longer list is slow to open
+
 function facts(pairs) {
   const rows = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
     .map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value)));
@@ -77,11 +79,13 @@ function layerMaps(run, other) {
 
 function besides(run, other) {
   const near = [...Array(total).keys()].filter((each) => each !== run && data.texts.model.codes[each] === data.texts.model.codes[run]);
-  const offered = near.slice(-500);
+  const offered = near.slice(-OFFERED);
+  const cut = offered.length < near.length ? ` (the newest ${OFFERED} of ${near.length.toLocaleString("en")} runs of this model)` : "";
   if (other !== null && !offered.includes(other)) offered.push(other);
   const options = [["", "nothing"], ...offered.map((each) => [String(data.ids[each]), `${data.labels[each]} #${data.ids[each]}`])];
-  const go = (id) => { location.hash = link(run) + (id ? `-${id}` : ""); };
-  return choice("Beside", options, other === null ? "" : String(data.ids[other]), go, { "data-wide": true, id: "beside" });
+  // In the place of the address before: going back need not pass all that arrow keys went through.
+  const go = (id) => location.replace(link(run) + (id ? `-${id}` : ""));
+  return choice(`Beside${cut}`, options, other === null ? "" : String(data.ids[other]), go, { "data-wide": true, id: "beside" });
 }
 
 function drawRun(run, other) {

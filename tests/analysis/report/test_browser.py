@@ -303,6 +303,32 @@ def test_two_runs_stand_side_by_side(opened):
     assert "Settings that differ" in opened.find_element("id", "run").text
 
 
+def test_arrow_keys_go_through_the_runs_to_put_beside(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.find_element("link text", "gptq 4-bit").click()
+    assert opened.switch_to.active_element.get_dom_attribute("id") == "run"
+    labels = [each.text for each in opened.find_elements("css selector", "#beside option")]
+    opened.find_element("id", "beside").send_keys(Keys.ARROW_DOWN)
+    for label in labels[1:4]:
+        name = label.rpartition(" #")[0]
+        opened.find_element("xpath", f"//h1[.='gptq 4-bit beside {name}']")
+        chosen = opened.switch_to.active_element
+        assert chosen.find_element("css selector", "option:checked").text == label
+        chosen.send_keys(Keys.ARROW_DOWN)
+    opened.back()
+    assert opened.find_element("css selector", "#list:not([hidden])").is_displayed()
+
+
+def test_the_list_of_runs_to_put_beside_says_where_it_is_cut(filled, opened, visit):
+    label = "return document.getElementById('beside').parentElement.firstChild.textContent"
+    opened.find_element("link text", "gptq 4-bit").click()
+    assert opened.execute_script(label) == "Beside"
+    browser = visit(page(tiled(report_data(filled, STORE), 1200)), "#run-1200-2")
+    assert browser.execute_script(label) == "Beside (the newest 500 of 1,199 runs of this model)"
+    assert len(browser.find_elements("css selector", "#beside option")) == 1 + 500 + 1
+
+
 def test_a_name_from_the_database_is_text(opened):
     choose(opened, "[data-filter=algo]", HOSTILE)
     assert opened.execute_script(LABELS)[0].startswith(HOSTILE)
