@@ -15,7 +15,7 @@ const SIZE = 11; // of a mark, in pixels
 const TOGETHER = 4; // runs named at once where marks cover each other
 const PAPER = { "--back": "#ffffff", "--text": "#000000", "--quiet": "#444444", "--grid": "#e5e5e5" };
 const PAPER_SIZE = { width: 660, height: 400 }; // pixels of 1/96 inch: fits the width of A4 and letter
-const pareto = { cost: COSTS[0], drawn: false, points: [], at: -1, baseline: null, knee: null };
+const pareto = { cost: COSTS[0], drawn: false, points: [], at: null, baseline: null, knee: null, hidden: new Set() };
 
 function chartModel() {
   const evaluation = data.evaluations[state.evaluation];
@@ -85,6 +85,25 @@ function describe(point) {
   return lines;
 }
 
+/** The method that a point's mark is of in the legend; null: one of the others. */
+const groupOf = (point) => (data.marks[point.algo] ? point.algo : null);
+const seriesOf = (group) => `algo ${group}`;
+
+/** The series that a reader has switched off in the legend, those that are not drawn just now among them. */
+function hiddenSeries() {
+  for (const { legendgroup, visible } of byName("plot").data || []) {
+    if (visible === "legendonly") pareto.hidden.add(legendgroup);
+    else pareto.hidden.delete(legendgroup);
+  }
+  return pareto.hidden;
+}
+
+/** The points whose marks are to be seen. */
+function shownPoints() {
+  const hidden = hiddenSeries();
+  return pareto.points.filter((point) => !hidden.has(seriesOf(groupOf(point))));
+}
+
 /** What is drawn, from back to front: dominated runs, the front's line, its runs, the knee. */
 function traces(points, logarithmic, cost) {
   const names = [...new Set(points.map((point) => point.algo))].sort();
@@ -92,12 +111,12 @@ function traces(points, logarithmic, cost) {
   const groups = [...known, ...(known.length < names.length ? [null] : [])];
   const drawn = [];
   const marks = (group, front, beyond) => {
-    const mine = points.filter((point) => point.front === front && point.beyond === beyond && (group === null ? !data.marks[point.algo] : point.algo === group));
+    const mine = points.filter((point) => point.front === front && point.beyond === beyond && groupOf(point) === group);
     if (!mine.length) return;
     const mark = group === null ? OTHER : data.marks[group];
     const spread = mine.map((point) => point.stderr || 0);
     drawn.push({
-      type: "scatter", mode: "markers", name: group === null ? "others" : group, legendgroup: `algo ${group}`, showlegend: false,
+      type: "scatter", mode: "markers", name: group === null ? "others" : group, legendgroup: seriesOf(group), showlegend: false,
       hoverinfo: "none", opacity: front ? 1 : FADED, x: mine.map((point) => point.x), y: mine.map((point) => point.y),
       customdata: mine.map((point) => point.at), ...(beyond ? { xaxis: "x2" } : {}),
       marker: { color: mark.colour, symbol: SYMBOLS[mark.marker] || "circle", size: SIZE },
@@ -112,7 +131,7 @@ function traces(points, logarithmic, cost) {
   const front = points.filter((point) => point.front && !point.beyond);
   if (front.length > 1 && data.evaluations[state.evaluation].better) {
     drawn.push({
-      type: "scatter", mode: "lines", name: "front", hoverinfo: "skip", x: front.map((point) => point.x), y: front.map((point) => point.y),
+      type: "scatter", mode: "lines", name: "front", legendgroup: "front", hoverinfo: "skip", x: front.map((point) => point.x), y: front.map((point) => point.y),
       line: { shape: cost.sign > 0 ? "hv" : "vh", color: GREY, width: 1.5 }, legendrank: 2000,
     });
   }
@@ -127,11 +146,12 @@ function traces(points, logarithmic, cost) {
   const legend = groups.map((group) => {
     const mark = group === null ? OTHER : data.marks[group];
     return {
-      type: "scatter", mode: "markers", name: group === null ? "others" : literal(group), legendgroup: `algo ${group}`, hoverinfo: "skip",
+      type: "scatter", mode: "markers", name: group === null ? "others" : literal(group), legendgroup: seriesOf(group), hoverinfo: "skip",
       x: [null], y: [null], marker: { color: mark.colour, symbol: SYMBOLS[mark.marker] || "circle", size: SIZE },
     };
   });
-  return [...drawn, ...legend];
+  const hidden = hiddenSeries();
+  return [...drawn, ...legend].map((trace) => (hidden.has(trace.legendgroup) ? { ...trace, visible: "legendonly" } : trace));
 }
 
 /** The axis of what stands behind the break, its costs written out. */
@@ -187,7 +207,7 @@ const CONFIG = { displayModeBar: false, displaylogo: false, showSendToCloud: fal
 
 function drawChart(paper = false) {
   hideTip();
-  Object.assign(pareto, { drawn: false, points: [], at: -1, baseline: null, knee: null, ink: paper ? (name) => PAPER[name] : colour });
+  Object.assign(pareto, { drawn: false, points: [], at: null, baseline: null, knee: null, ink: paper ? (name) => PAPER[name] : colour });
   const evaluation = data.evaluations[state.evaluation];
   const models = evaluation ? chartModel() : [];
   const cost = costNamed(pareto.cost);
@@ -240,7 +260,7 @@ function showTip(first) {
   const [x, y] = place(first);
   const xaxis = axisOf(first);
   const away = (point) => Math.hypot(place(point)[0] - x, place(point)[1] - y);
-  const covered = pareto.points.filter((point) => point !== first && away(point) < SIZE / 2).sort((a, b) => b.front - a.front || away(a) - away(b));
+  const covered = shownPoints().filter((point) => point !== first && away(point) < SIZE / 2).sort((a, b) => b.front - a.front || away(a) - away(b));
   const shown = [first, ...covered.slice(0, TOGETHER - 1)];
   const more = covered.length - shown.length + 1;
   const tip = byName("tip");
@@ -273,24 +293,25 @@ function drawFront(front) {
   put(byName("front-list").querySelector("div"), h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
 }
 
-/** Show the mark at `at` as if the pointer were on it, and say it. */
-function showPoint(at) {
-  pareto.at = at;
-  const point = pareto.points[at];
+/** Show a point's mark as if the pointer were on it, and say it; none where there is no point. */
+function showPoint(point) {
+  pareto.at = point;
   if (point) showTip(point);
   else hideTip();
   byName("spoken").textContent = point ? [data.labels[point.run], ...describe(point), point.front ? "on the front" : "dominated"].join("; ") : "";
 }
 
 function keys(event) {
-  const count = pareto.points.length;
+  const shown = shownPoints();
+  const count = shown.length;
+  const at = shown.indexOf(pareto.at);
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   if (!count) return;
-  if (step) showPoint(pareto.at < 0 ? (step > 0 ? 0 : count - 1) : (pareto.at + step + count) % count);
-  else if (event.key === "Home") showPoint(0);
-  else if (event.key === "End") showPoint(count - 1);
-  else if (event.key === "Escape") showPoint(-1);
-  else if (event.key === "Enter" && pareto.at >= 0) location.hash = link(pareto.points[pareto.at].run);
+  if (step) showPoint(shown[at < 0 ? (step > 0 ? 0 : count - 1) : (at + step + count) % count]);
+  else if (event.key === "Home") showPoint(shown[0]);
+  else if (event.key === "End") showPoint(shown[count - 1]);
+  else if (event.key === "Escape") showPoint(null);
+  else if (event.key === "Enter" && at >= 0) location.hash = link(shown[at].run);
   else return;
   event.preventDefault();
 }
@@ -309,7 +330,7 @@ function startChart() {
     h("button", { type: "button", onclick: save }, "Save as PNG"),
   );
   byName("chart").addEventListener("keydown", keys);
-  byName("chart").addEventListener("blur", () => { if (pareto.at >= 0) showPoint(-1); });
+  byName("chart").addEventListener("blur", () => { if (pareto.at) showPoint(null); });
   state.listeners.push(() => drawChart());
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawChart());
   window.addEventListener("beforeprint", () => drawChart(true));

@@ -177,6 +177,37 @@ def test_keys_alone_reach_marks_runs_and_maps(opened):
     assert opened.find_element("css selector", ".readout").text == "block 1 self_attn.q_proj: 0.02"
 
 
+def test_marks_hidden_by_the_legend_stay_hidden_and_are_passed_over_by_keys(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    hidden = """
+        const off = document.getElementById("plot").data.filter((each) => each.visible === "legendonly");
+        return [...new Set(off.map((each) => each.name))].sort();
+    """
+    toggle = "//*[@class='legend']//*[@class='traces'][.//*[.='{}']]//*[contains(@class, 'legendtoggle')]"
+    said = "return document.getElementById('spoken').textContent"
+    for name in ("gptq", "front"):
+        opened.find_element("xpath", toggle.format(name)).click()
+        time.sleep(0.5)  # a second click within 0.3 s would be a double click
+    assert opened.execute_script(hidden) == ["front", "gptq"]
+    search(opened, "awq")
+    assert opened.execute_script(hidden) == ["front"]
+    search(opened, "bits<4")
+    assert opened.execute_script(hidden) == ["front", "gptq"]
+    opened.execute_script("document.getElementById('chart').focus()")
+    found = set()
+    for _ in range(7):
+        opened.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+        found.add(opened.execute_script(said).partition(" ")[0])
+    assert found == {"awq", "rtn", HOSTILE.partition(" ")[0]}
+    assert "gptq" not in opened.find_element("id", "tip").text
+    opened.find_element("xpath", toggle.format("gptq")).click()
+    time.sleep(0.5)
+    assert opened.execute_script(hidden) == ["front"]
+    opened.switch_to.active_element.send_keys(Keys.HOME)
+    assert opened.execute_script(said).startswith("gptq 2-bit")
+
+
 def test_the_figure_says_names_as_they_are_and_offers_no_upload(opened):
     legend = opened.execute_script("return [...document.querySelectorAll('.legendtext')].map(each => each.textContent)")
     assert legend == [f"{HOSTILE[:59]}…", "awq", "gptq", "rtn", "front"]
