@@ -4,6 +4,7 @@ const COSTS = ["bits_per_weight", "bits_per_weight_model", "model_bytes", "quant
 const OF_WEIGHTS = COSTS.slice(0, 3); // far larger for weights in full precision
 const SPLIT = 0.9; // of the width: where the axis breaks before runs whose weights are in full precision
 const LOG_BEYOND = 20; // ratio of largest to smallest value beyond which a linear axis hides what lies at its foot
+const SAME_SIZE = 1e-5; // ratio of difference to size below which the ticks' six digits cannot tell sizes apart
 const SYMBOLS = {
   s: "square", o: "circle", "^": "triangle-up", D: "diamond", v: "triangle-down", P: "cross", X: "x", p: "pentagon",
   "*": "star", h: "hexagon", "<": "triangle-left", ">": "triangle-right",
@@ -183,6 +184,7 @@ function layout(xTitle, yTitle, cost, logarithmic, paper) {
   const near = pareto.points.filter((point) => !point.beyond).map((point) => point.x);
   const [least, most] = [near.reduce((a, b) => Math.min(a, b), Infinity), near.reduce((a, b) => Math.max(a, b), -Infinity)];
   const xLog = !behind && least > 0 && most > LOG_BEYOND * least;
+  const same = cost.unit === "bytes" && most - least < SAME_SIZE * most;
   const gap = behind && { type: "line", xref: "paper", yref: "paper", x0: SPLIT, x1: SPLIT, y0: 0, y1: 1, line: { color: pareto.ink("--quiet"), width: 1, dash: "dot" } };
   const cut = behind && { xref: "paper", yref: "paper", x: SPLIT, y: 0, xanchor: "center", yanchor: "middle", showarrow: false, text: "//" };
   return {
@@ -190,6 +192,7 @@ function layout(xTitle, yTitle, cost, logarithmic, paper) {
     paper_bgcolor: pareto.ink("--back"), plot_bgcolor: pareto.ink("--back"), margin: { l: 50, r: 12, t: 30, b: 40 },
     xaxis: axis(xTitle, {
       ...(cost.unit === "bytes" ? { tickformat: "~s", ticksuffix: "B" } : {}), ...(behind ? { domain: [0, SPLIT - 0.02] } : {}),
+      ...(same ? { tickvals: [least], ticktext: [inUnit(least, cost.unit)] } : {}),
       ...(xLog ? { type: "log", dtick: most > 1000 * least ? 1 : "D2", tickformat: "~g" } : {}),
     }),
     ...(behind ? { xaxis2: behind } : {}),
@@ -245,9 +248,9 @@ function drawChart(paper = false) {
   const many = counts.length > 2 ? `${counts[0]} to ${counts[counts.length - 1]}` : counts.join(" or ");
   const others = models.length > 1 ? ` Of ${models.length} models the one with most of these runs; choose one above.` : "";
   byName("caption").textContent = `${model}, ${evaluation.task}: ${evaluation.quantity} by protocol ${evaluation.protocol}, `
-    + `${many} ${evaluation.items}, bars ±1 standard error, ${counted(points.length, "run")}. Faded: dominated.`
+    + `${many} ${evaluation.items}, bars ±1 standard error, ${counted(points.length, "run")}.${evaluation.better ? " Faded: dominated." : ""}`
     + `${points.some((point) => point.beyond) ? " Behind the break of the axis: weights in full precision." : ""}${others}`;
-  byName("plot").setAttribute("aria-label", `${yTitle} against ${cost.title}; ${front.length} of ${points.length} runs on the front`);
+  byName("plot").setAttribute("aria-label", `${yTitle} against ${cost.title}${evaluation.better ? `; ${front.length} of ${points.length} runs on the front` : ""}`);
   return drawFront(evaluation.better ? front : []);
 }
 
@@ -293,12 +296,14 @@ function drawFront(front) {
   put(byName("front-list").querySelector("div"), h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
 }
 
+const standing = (point) => (data.evaluations[state.evaluation].better ? [point.front ? "on the front" : "dominated"] : []);
+
 /** Show a point's mark as if the pointer were on it, and say it; none where there is no point. */
 function showPoint(point) {
   pareto.at = point;
   if (point) showTip(point);
   else hideTip();
-  byName("spoken").textContent = point ? [data.labels[point.run], ...describe(point), point.front ? "on the front" : "dominated"].join("; ") : "";
+  byName("spoken").textContent = point ? [data.labels[point.run], ...describe(point), ...standing(point)].join("; ") : "";
 }
 
 function keys(event) {

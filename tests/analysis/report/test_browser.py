@@ -271,6 +271,25 @@ def test_weights_in_full_precision_stand_behind_a_break(filled, store, visit):
     assert browser.execute_script("return document.getElementById('plot')._fullLayout.xaxis2 === undefined")
 
 
+def test_equal_sizes_get_one_tick(filled, visit):
+    data = report_data(filled, STORE)
+    data["numbers"]["model_bytes"]["values"] = [3_674_620] * len(data["ids"])
+    browser = visit(page(data))
+    choose(browser, "#cost", data["numbers"]["model_bytes"]["title"])
+    ticks = "return [...document.querySelectorAll('.xtick')].map((each) => each.textContent)"
+    assert browser.execute_script(ticks) == ["3.67 MB"]
+
+
+def test_only_a_metric_with_a_better_direction_has_dominated_runs(filled, visit):
+    data = report_data(filled, STORE)
+    assert "Faded: dominated." in visit(page(data)).find_element("id", "caption").text
+    data["evaluations"][0]["better"] = 0
+    browser = visit(page(data))
+    assert "dominated" not in browser.find_element("id", "caption").text
+    browser.find_element("id", "chart").send_keys("\ue010")  # End
+    assert not browser.execute_script("return document.getElementById('spoken').textContent").endswith("front")
+
+
 def test_another_measurement_may_be_the_cost(opened):
     options = [each.text for each in opened.find_elements("css selector", "#cost option")]
     other = next(words for words in options if HOSTILE in words)
