@@ -2,12 +2,16 @@
 const FILTERS = ["model", "algo", "weight_format", "act_format", "kv_format", "calib", "dtype", "status"];
 const state = { words: "", chosen: {}, runs: [], evaluation: 0, listeners: [] };
 
+/** In lower case, without spaces around what compares: "bits < 4" is one word. */
+const tight = (words) => words.toLowerCase().replace(/\s*([<>=]+)\s*/g, "$1");
+
 const haystacks = data.labels.map((label, run) => {
   const words = FILTERS.map((name) => text(name, run)).filter(Boolean);
-  return [label, ...words, data.keys[run], `#${data.ids[run]}`, text("error", run) || ""].join(" ").toLowerCase();
+  return tight([label, ...words, data.keys[run], `#${data.ids[run]}`, text("error", run) || ""].join(" "));
 });
 
-const CONDITION = /^([a-z_]+)(<=|>=|<|>|=)(-?[\d.]+(?:e[-+]?\d+)?)$/i;
+const CONDITION = /^([^<>=]+)(<=|>=|<|>|=)([^<>=]+)$/;
+const THOUSANDS = /^-?\d{1,3}(,\d{3})+(\.|$)/;
 const COMPARE = {
   "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b, "=": (a, b) => a === b,
 };
@@ -15,34 +19,53 @@ const COMPARE = {
 /** What a name in a condition means: a column, or a metric of the evaluation that is looked at first. */
 function quantity(name) {
   if (name === "size") return (run) => number("model_bytes", run);
-  if (data.numbers[name]) return (run) => number(name, run);
+  if (Object.hasOwn(data.numbers, name)) return (run) => number(name, run);
   const current = data.evaluations[state.evaluation];
   const found = current && current.metric === name ? current : data.evaluations.find((each) => each.metric === name);
   if (!found) return null;
   return (run) => (found.of(run) || {}).value;
 }
 
+/** The test of a run that a word such as bits<4.5 is, or null. */
+function condition(word) {
+  const [, name, sign, words] = CONDITION.exec(word) || [];
+  const read = name && quantity(name);
+  const bound = read ? Number(THOUSANDS.test(words) ? words.replaceAll(",", "") : words) : NaN;
+  if (Number.isNaN(bound)) return null;
+  return (run) => {
+    const value = read(run);
+    return value !== null && value !== undefined && COMPARE[sign](value, bound);
+  };
+}
+
+/** The tests that the words of a search are, and those words that compare but are neither a condition nor anywhere. */
 function tests(words) {
-  return words.toLowerCase().split(/\s+/).filter(Boolean).map((word) => {
-    const parts = CONDITION.exec(word);
-    const read = parts && quantity(parts[1]);
-    if (!read) return (run) => haystacks[run].includes(word);
-    const bound = Number(parts[3]);
-    return (run) => {
-      const value = read(run);
-      return value !== null && value !== undefined && COMPARE[parts[2]](value, bound);
-    };
-  });
+  const [found, unknown] = [[], []];
+  for (const word of tight(words).split(/\s+/).filter(Boolean)) {
+    const holds = condition(word);
+    if (!holds && /[<>=]/.test(word) && !haystacks.some((each) => each.includes(word))) unknown.push(word);
+    else found.push(holds || ((run) => haystacks[run].includes(word)));
+  }
+  return [found, unknown];
+}
+
+/** What is wrong with these words; of the metrics that only add detail the names are not worth the room. */
+function complaint(unknown) {
+  if (!unknown.length) return "";
+  const metrics = data.evaluations.filter((evaluation) => evaluation.headline).map((evaluation) => evaluation.metric);
+  const names = [...new Set(["size", ...Object.keys(data.numbers), ...metrics])].join(", ");
+  const kind = unknown.length > 1 ? "are no conditions" : "is no condition";
+  return `; ${unknown.map((word) => `"${word}"`).join(", ")} ${kind} such as bits<4.5 (on ${names})`;
 }
 
 function applyFilter() {
-  const conditions = tests(state.words);
+  const [conditions, unknown] = tests(state.words);
   for (const [name, level] of Object.entries(state.chosen)) {
     if (level !== "") conditions.push((run) => data.texts[name].codes[run] === Number(level));
   }
   state.runs = [];
   for (let run = 0; run < total; run += 1) if (conditions.every((holds) => holds(run))) state.runs.push(run);
-  byName("count").textContent = `${counted(state.runs.length, "run")} of ${total.toLocaleString("en")}`;
+  byName("count").textContent = `${counted(state.runs.length, "run")} of ${total.toLocaleString("en")}${complaint(unknown)}`;
   for (const listener of state.listeners) listener();
 }
 

@@ -74,6 +74,33 @@ def test_filters_and_conditions_leave_the_right_runs(opened):
     assert "No run matches" in opened.find_element("id", "table").text
 
 
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("bits <4", 8),
+        ("bits < 4", 8),
+        ("bits= 3 ppl < 45", 4),
+        ("bits=4.0", 4),
+        ("size>=30,000,000", 8),
+        ("ppl<1,000.5", 13),
+        ("calib_seed=3", 0),
+        ("src=x onerror = window.pwned=2", 4),
+    ],
+)
+def test_conditions_may_be_written_with_spaces_commas_and_equality(opened, words, left):
+    search(opened, words)
+    assert count(opened) == f"{left} runs of 14"
+
+
+@pytest.mark.parametrize("word", ["sede<3", "bits<", "4>bits", "bits<4<5", "bits==4", "ppl>1,5", "size<1gb", "constructor<3"])
+def test_what_looks_like_a_condition_and_is_none_is_named(opened, word):
+    search(opened, f"gptq {word}")
+    assert count(opened).startswith(f'3 runs of 14; "{word}" is no condition such as bits<4.5 (on size, bits_per_weight')
+    assert ", ppl)" in count(opened)
+    search(opened, "gptq")
+    assert count(opened) == "3 runs of 14"
+
+
 def test_columns_sort_both_ways_with_the_unknown_last(opened):
     heads = [each.text for each in opened.find_elements("css selector", "#table thead th")]
     column = next(i for i, head in enumerate(heads) if head.startswith("PPL c4-sample"))
