@@ -140,7 +140,7 @@ def caption(points: pd.DataFrame, evaluation: Evaluation, notes: str = "") -> st
         f"{first['model']}, {first['task']}: {quantity} by protocol {first['protocol']}, {counts} {evaluation.items}, "
         f"bars ±1 standard error{bits}. "
         f"Faded: dominated. Points of equal cost that would hide each other are drawn side by side. {broken}{seconds}"
-        f"Evaluation {first['spec_key'][:12]}; run keys in the CSV.{notes and f' {notes}'}"
+        f"Evaluation {first['spec_key'][:12]}.{notes and f' {notes}'}"
     )
 
 
@@ -162,7 +162,8 @@ def write_figure(
 ) -> list[Path]:
     """`<base>.pdf`, `.png` and `.csv` (the plotted rows), in a folder that is there."""
     paths = [base.with_name(f"{base.name}.{suffix}") for suffix in ("pdf", "png", "csv")]
-    drawn = figure(points, evaluation, cost, caption(points, evaluation, notes))
+    text = caption(points, evaluation, f"Run keys in the CSV. {notes}".rstrip())
+    drawn = figure(points, evaluation, cost, text)
     with house_style():
         drawn.savefig(paths[0], metadata={"CreationDate": None})  # without a date, equal rows give equal files
         drawn.savefig(paths[1])
