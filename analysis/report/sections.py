@@ -73,20 +73,20 @@ def _section(
 
 
 def _declared(declared: Sequence[Shown] | None) -> Section:
-    tables, figures, text = [], [], []
+    tables, text = [], []
     for each in declared or ():
         if isinstance(each, PlainTable):
             tables.append(words_table(each))
         elif isinstance(each, FilledTable):
-            tables.append(declared_table(each))
-            figures.append(_figure_of(each, tables[-1]["title"]))
+            drawn = declared_table(each)
+            tables.append(drawn | {"figure": _figure_of(each, drawn["title"])})
         else:
             text.append(f"{each[0]} is not shown: {each[1]}")
     if declared is None:
         text.append("Declared tables were left out of this report (--tables none).")
     elif not any(isinstance(each, FilledTable) for each in declared):
         text.append("No run of a declared table is in the database: qbench fill t7 runs and draws one.")
-    return _section("declared", "Declared tables", tables, figures, text)
+    return _section("declared", "Declared tables", tables, text=text)
 
 
 def _takeaways(database: Database, declared: Sequence[Shown] | None) -> Section:

@@ -25,7 +25,8 @@ function drawnTable(table) {
     ? h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.title }, h("table", { class: "still" }, h("thead", {}, heads), h("tbody", {}, table.rows.map((row) => bodyRow(row, width)))))
     : null;
   const notes = table.notes.map((note) => h("p", { class: "caption" }, note.mark ? h("sup", {}, note.mark) : null, note.mark ? ` ${note.text}` : note.text));
-  return h("div", { class: "block" }, h("h3", {}, table.title), drawn, h("p", { class: "caption" }, table.caption), notes);
+  const figure = table.figure ? drawnFigure(table.figure) : null;
+  return h("div", { class: "block" }, h("h3", {}, table.title), drawn, h("p", { class: "caption" }, table.caption), notes, figure);
 }
 
 const drawnFigure = (figure) => h(

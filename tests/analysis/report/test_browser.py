@@ -358,6 +358,7 @@ def test_a_declared_tables_value_leads_to_its_run(database, store, visit):
     browser = visit(page(report_data(database, STORE, [found])))
     table = browser.find_element("css selector", "#declared table")
     assert [each.text for each in table.find_elements("css selector", "tbody tr:nth-child(3) > *")][1] == "not run"
+    assert browser.find_elements("css selector", "#declared .block:has(> .scroll > table) > figure > img")
     table.find_element("css selector", "tbody tr:nth-child(3) strong a").click()
     assert browser.find_element("css selector", "#run h1").text == "gptq 4-bit"
 

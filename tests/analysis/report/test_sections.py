@@ -65,11 +65,12 @@ def test_a_declared_table_has_values_marks_and_the_runs_behind_them(database, st
     assert any("not distinguishable" in note["text"] for note in drawn["notes"])
 
 
-def test_each_declared_table_is_drawn_below(database, store):
+def test_each_declared_table_is_drawn_below_itself(database, store):
     found = named(database, declared=[tables.filled(database, declared_of(store))])["declared"]
     assert found["text"] == []
     assert [each["title"] for each in found["tables"]] == ["T0 (tiny). Title"]
-    assert [each["title"] for each in found["figures"]] == ["T0 (tiny). Title, drawn"]
+    assert [each["figure"]["title"] for each in found["tables"]] == ["T0 (tiny). Title, drawn"]
+    assert found["figures"] == []
 
 
 def test_declared_tables_of_a_size_say_what_becomes_of_the_takeaways(database, store):
@@ -122,6 +123,7 @@ def test_a_database_with_runs_has_a_table_per_metric_and_a_figure_per_front(fill
     assert text.startswith("<?xml")
     assert "<script" not in text
     assert "bars ±1 standard error" in drawn["caption"]
+    assert "CSV" not in drawn["caption"]
 
 
 def test_names_in_figures_and_tables_stay_text(filled):
