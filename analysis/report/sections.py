@@ -134,7 +134,8 @@ def _refused(error: QbenchError, metric: str) -> str:
 def _best(database: Database, metric: str, allow: Collection[str]) -> Iterator[Any]:
     from analysis.tables.best_practice import best_practice, best_practice_table
 
-    yield plain_table(best_practice_table(best_practice(database, metric=metric, allow=allow), worse=3))
+    table = best_practice_table(best_practice(database, metric=metric, allow=allow), worse=3)
+    yield plain_table(table, command=f"qbench best --metric {metric}")
 
 
 def _attribution(

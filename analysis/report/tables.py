@@ -12,14 +12,23 @@ from analysis.tables.render import Plain
 #: Rows of one part of a table that a page shows; the command that makes the table shows all.
 ROWS = 40
 
+#: Parts of a table with many that a page shows.
+PARTS = 12
+
 #: One cell: its text, and what the page adds to it where there is anything to add.
 Drawn = dict[str, Any]
 
 
-def plain_table(table: Plain) -> Drawn:
-    """Of a table of words and rounded numbers; without rows its caption says what is missing."""
+def plain_table(table: Plain, command: str = "") -> Drawn:
+    """Of a table of words and rounded numbers; without rows its caption says what is missing. Of a table whose
+    `command` is named only the parts with the most rows are drawn, and the command is what shows all."""
     rows = []
-    for name, some in table.parts():
+    parts = list(table.parts())
+    most = sorted(parts, key=lambda part: -len(part[1]))[: PARTS if command else None]
+    shown = {name for name, _ in most}
+    for name, some in parts:
+        if name not in shown:
+            continue
         rows += [{"group": name}] if name else []
         for row in some[:ROWS]:
             cells = [
@@ -30,6 +39,8 @@ def plain_table(table: Plain) -> Drawn:
             ]
             rows.append({"cells": cells})
         rows += [{"group": f"… and {len(some) - ROWS} more"}] if len(some) > ROWS else []
+    left_out = len(parts) - len(shown)
+    rows += [{"group": f"… and {left_out} more parts: {command} shows all"}] if left_out else []
     head = [[_cell(name, number=table.is_numeric(place)) for place, name in enumerate(table.columns)]] if rows else []
     notes = [{"mark": str(mark), "text": text} for mark, text in table.footnotes]
     return {"title": table.title, "caption": table.caption, "head": head, "rows": rows, "notes": notes}

@@ -20,6 +20,7 @@ from qbench.store.database import Database
 
 _ALPHA = 0.05
 _WORDS = {"best": "best", "tied": "tied", "worse": "worse", "untested": "not tested"}
+_RUNS = 5  # named of a recipe with more seeds; the frame has all
 _ALWAYS_VARIED = ("algo", "options", "calib", "calib_n", "calib_length", "calib_seed")
 
 
@@ -151,8 +152,13 @@ def _row(each: Judged, pipeline: str, level: dict[str, str], marks: tuple[int, .
         Entry("" if candidate.bits_per_weight is None else f"{candidate.bits_per_weight:.3f}"),
         Entry(number(candidate.quantize_s, 3)),
         Entry("" if peak is None else f"{peak / 1e6:.0f}"),
-        Entry(", ".join(key[:8] for key in candidate.keys)),
+        Entry(_named(candidate.keys)),
     )
+
+
+def _named(keys: Sequence[str]) -> str:
+    names = [key[:8] for key in keys[:_RUNS]]
+    return ", ".join([*names, *([f"{len(keys) - _RUNS} more"] if len(keys) > _RUNS else [])])
 
 
 _FRAME = (

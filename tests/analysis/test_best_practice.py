@@ -178,6 +178,16 @@ def test_the_table_shows_best_and_tied_with_costs_and_evidence(database, planted
     assert "tiny · int4_g64_asym" in shown.getvalue()
 
 
+def test_the_table_names_few_of_many_seeds(database, store):
+    for seed in range(10):
+        store("gptq", 4, measured(around(3.0, 0.1, seed)), calib_seed=seed, spec={"seed": seed}, family=sha("g"))
+    table = best_practice_table(best_practice(database))
+    (row,), (keys,) = table.rows, table.frame["keys"]
+    names = [key[:8] for key in keys.split()]
+    assert len(names) == 10
+    assert row[9].text == ", ".join([*names[:5], "5 more"])
+
+
 def test_empty_and_one_row_databases_say_what_is_missing(database, store, tmp_path):
     table = best_practice_table(best_practice(database))
     assert table.rows == ()

@@ -92,10 +92,12 @@ def test_conditions_may_be_written_with_spaces_commas_and_equality(opened, words
     assert count(opened) == f"{left} runs of 14"
 
 
-@pytest.mark.parametrize("word", ["sede<3", "bits<", "4>bits", "bits<4<5", "bits==4", "ppl>1,5", "size<1gb", "constructor<3"])
+@pytest.mark.parametrize(
+    "word", ["sede<3", "bits<", "4>bits", "bits<4<5", "bits==4", "ppl>1,5", "size<1gb", "constructor<3"]
+)
 def test_what_looks_like_a_condition_and_is_none_is_named(opened, word):
     search(opened, f"gptq {word}")
-    assert count(opened).startswith(f'3 runs of 14; "{word}" is no condition such as bits<4.5 (on size, bits_per_weight')
+    assert count(opened).startswith(f'3 runs of 14; "{word}" is no condition such as bits<4.5 (on size, ')
     assert ", ppl)" in count(opened)
     search(opened, "gptq")
     assert count(opened) == "3 runs of 14"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from analysis.findings.takeaways import takeaways
 from analysis.report.page import page, report_data
 from analysis.report.sections import measured_points, sections
-from analysis.report.tables import ROWS, declared_table, plain_table, words_table
+from analysis.report.tables import PARTS, ROWS, declared_table, plain_table, words_table
 from analysis.tables import filled as tables
 from analysis.tables.best_practice import best_practice, best_practice_table
 from analysis.tables.declared import Cell, Declared, Wanted
@@ -96,6 +96,12 @@ def test_a_plain_table_keeps_its_groups_marks_and_footnotes_and_long_parts_are_c
     assert drawn["rows"][-1] == {"group": "… and 3 more"}
     assert len(drawn["rows"]) == ROWS + 2
     assert drawn["notes"] == [{"mark": "1", "text": "why"}]
+    groups = tuple(str(part) for part in range(PARTS + 2) for _ in range(2 if part else 1))
+    drawn = plain_table(replace(table, rows=rows[:1] * len(groups), groups=groups), command="qbench best")
+    named = [row["group"] for row in drawn["rows"] if "group" in row]
+    assert named == [*map(str, range(1, PARTS + 1)), "… and 2 more parts: qbench best shows all"]
+    drawn = plain_table(replace(table, rows=rows[:1] * len(groups), groups=groups))
+    assert len([row for row in drawn["rows"] if "group" in row]) == PARTS + 2
     words = words_table(PlainTable(name="t1", title="T", caption="C", header=("a",), rows=(("x",),)))
     assert words["rows"] == [{"cells": [{"text": "x"}]}]
 
@@ -113,8 +119,8 @@ def test_without_runs_every_section_says_what_is_missing(database):
 
 def test_a_database_with_runs_has_a_table_per_metric_and_a_figure_per_front(filled):
     found = named(filled)
-    wanted = plain_table(best_practice_table(best_practice(filled, metric="ppl"), worse=3))
-    assert found["best"]["tables"] == [wanted]
+    wanted = best_practice_table(best_practice(filled, metric="ppl"), worse=3)
+    assert found["best"]["tables"] == [plain_table(wanted, command="qbench best --metric ppl")]
     assert found["attribution"]["tables"][0]["rows"]
     (drawn,) = [each for each in found["fronts"]["figures"] if "c4-sample" in each["title"]]
     kind, _, content = drawn["source"].partition(",")
