@@ -73,7 +73,10 @@ function layerMaps(run, other) {
   return names.flatMap((name) => {
     const drawn = sides.map(([side, maps]) => [side, maps.find((map) => map.name === name)]).filter(([, map]) => map);
     const scale = scaleOf(drawn.map(([, map]) => map));
-    return [h("h3", {}, drawn[0][1].title), ...drawn.flatMap(([side, map]) => [other === null ? null : h("p", { class: "caption" }, data.labels[side]), ...drawMap(map, scale)])];
+    const maps = other === null
+      ? drawMap(drawn[0][1], scale)
+      : [h("div", { class: "pair" }, drawn.map(([side, map]) => h("section", {}, h("p", { class: "caption" }, data.labels[side]), drawMap(map, scale))))];
+    return [h("h3", {}, drawn[0][1].title), ...maps];
   });
 }
 

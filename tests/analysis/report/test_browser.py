@@ -14,7 +14,7 @@ from analysis.report.page import page, report_data
 from analysis.tables import filled as tables
 from qbench.store.records import Outcome
 from tests.analysis.conftest import losses, measured
-from tests.analysis.report.conftest import HOSTILE, PPL, SPREAD
+from tests.analysis.report.conftest import HOSTILE, PPL, SPREAD, add_layers, sha_of
 from tests.analysis.report.test_sections import declared_of
 
 STORE = "sqlite:///results.db"
@@ -381,6 +381,19 @@ def test_two_runs_stand_side_by_side(opened):
     choose(opened, "#beside", next(words for words in options if words.startswith("awq 3-bit")))
     opened.find_element("xpath", "//h1[.='gptq 4-bit beside awq 3-bit']")
     assert "Settings that differ" in opened.find_element("id", "run").text
+
+
+@pytest.mark.parametrize(("width", "abreast"), [(1280, True), (390, False)])
+def test_maps_of_two_runs_stand_side_by_side_where_there_is_room(filled, visit, browser, width, abreast):
+    pair = [filled.find([sha_of(filled, "gptq", bits)]).popitem()[1].id for bits in (4, 3)]
+    add_layers(filled, pair[1])
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    visit(page(report_data(filled, STORE)), f"#run-{pair[0]}-{pair[1]}")
+    first, second = (each.rect for each in browser.find_elements("css selector", ".map")[:2])
+    assert (second["x"] > first["x"] + first["width"]) == abreast
+    assert (second["y"] > first["y"] + first["height"]) == (not abreast)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_arrow_keys_go_through_the_runs_to_put_beside(opened):
