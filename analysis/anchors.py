@@ -25,7 +25,7 @@ Status = Literal["agrees", "differs", "missing"]
 FULL_PRECISION = "full precision"
 ANCHORS = Path(__file__).parent / "data" / "anchors.yaml"
 _NEEDED = ("source", "url", "model", "task", "protocol", "metric", "tolerance", "values")
-_KEYS = (*_NEEDED, "calibration", "stages", "reading")
+_KEYS = (*_NEEDED, "n", "calibration", "stages", "reading")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,12 @@ def anchors(path: Path = ANCHORS) -> tuple[Anchor, ...]:
     """All published numbers of a data file; AssetError if there is none, SpecError for anything not as expected."""
     import yaml  # here: nothing else of the analysis needs it
 
-    if not path.is_file():
-        raise AssetError(f"{path}: no such file")
     try:
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SpecError("anchors", path, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise AssetError(f"{path}: {error.strerror or error}; --anchors takes a file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError("anchors", path, f"YAML in UTF-8; {' '.join(str(error).split())}") from error
     if not isinstance(node, Mapping) or set(node) != {"tables"} or not isinstance(node["tables"], list):
         raise SpecError("anchors", path, "a mapping with the list `tables`, as in analysis/data/anchors.yaml")
     return tuple(each for i, table in enumerate(node["tables"]) for each in _of_table(f"tables.{i}", table))
@@ -63,10 +63,14 @@ def _of_table(where: str, table: Mapping[str, Any]) -> Iterator[Anchor]:
         raise SpecError(f"{where}.{name}", table.get(name), accepted)
     shared = {name: str(table[name]) for name in ("source", "url", "model", "protocol", "metric")}
     shared |= {"tolerance": _number(f"{where}.tolerance", table["tolerance"]), "reading": table.get("reading")}
+    if shared["tolerance"] < 0:
+        raise SpecError(f"{where}.tolerance", table["tolerance"], "0 or more, a share of the value")
+    items = _mapping(f"{where}.n", table.get("n") or {})
     for formats, values in _mapping(f"{where}.values", table["values"]).items():
         weights, _, inputs = str(formats).partition(",")
         for algo, given in _mapping(f"{where}.values.{formats}", values).items():
             calibration, stages = (_of_algo(where, table, each, algo) for each in ("calibration", "stages"))
+            calibration = _mapping(f"{where}.calibration.{algo}", calibration or {})
             tasks, numbers = (each if isinstance(each, list) else [each] for each in (table["task"], given))
             if len(tasks) != len(numbers):
                 raise SpecError(f"{where}.values.{formats}.{algo}", given, f"a value for each of {', '.join(tasks)}")
@@ -78,9 +82,10 @@ def _of_table(where: str, table: Mapping[str, Any]) -> Iterator[Anchor]:
                     weight_format=weights,
                     act_format=inputs.strip() or None,
                     value=_number(f"{where}.values.{formats}.{algo}", value),
-                    calib=(calibration or {}).get("text"),
-                    calib_n=(calibration or {}).get("n"),
-                    calib_length=(calibration or {}).get("length"),
+                    n=items.get(task),
+                    calib=calibration.get("text"),
+                    calib_n=calibration.get("n"),
+                    calib_length=calibration.get("length"),
                     stages=tuple(stages) if stages else None,
                 )
 
@@ -124,7 +129,7 @@ def align_table(found: Sequence[Aligned]) -> Plain:
     rows, records = [], []
     for each in found:
         anchor, ours = each.anchor, each.ours
-        gap = None if ours is None else ours.value / anchor.value - 1
+        gap = None if ours is None or anchor.value == 0 else ours.value / anchor.value - 1
         rows.append(
             (
                 Entry(anchor.formats if anchor.algo == "none" else f"{anchor.algo} {anchor.formats}"),
@@ -166,11 +171,20 @@ def _aligned(anchor: Anchor, runs: Sequence[RunRow], measured: dict[int, list[Me
         left = [run for run in left if meets(run)]
         if not left:
             return Aligned(anchor=anchor, status="missing", why=what)
+    wanted, partly = (anchor.metric, anchor.task, anchor.protocol), None
     for run in reversed(left):
         for ours in measured.get(run.id, []):
-            if (ours.name, _stem(ours.task), ours.protocol) == (anchor.metric, anchor.task, anchor.protocol):
+            if (ours.name, _stem(ours.task), ours.protocol) != wanted:
+                continue
+            if ours.whole if anchor.n is None else ours.n == anchor.n:
                 near = abs(ours.value - anchor.value) <= anchor.tolerance * abs(anchor.value)
                 return Aligned(anchor=anchor, status="agrees" if near else "differs", run=run, ours=ours)
+            partly = partly or (run, ours)
+    if partly is not None:
+        run, ours = partly
+        every = "all" if anchor.n is None else anchor.n
+        why = f"all items: measured on n = {ours.n}, the source on {every}; eval.n={anchor.n or 'null'} takes them"
+        return Aligned(anchor=anchor, status="missing", run=run, why=why)
     command = f"qbench eval {left[-1].id} eval={anchor.task} eval.path=<file> eval.length={anchor.protocol[7:]}"
     missing = anchor.reading or f"on {anchor.task} by {anchor.protocol}: {command}"
     return Aligned(anchor=anchor, status="missing", run=left[-1], why=f"{anchor.metric} {missing}")

@@ -30,7 +30,7 @@ from qbench.session import Session
 from qbench.spec import digest
 from qbench.store import queries
 from qbench.store.database import Database, Heartbeat
-from qbench.store.records import Artifact, Failure, LayerMetric, Measurement, Outcome, RunColumns, RunRow
+from qbench.store.records import Artifact, Environment, Failure, LayerMetric, Measurement, Outcome, RunColumns, RunRow
 
 #: Called with (phase, done, total) and, while a stage learns, how far it has come.
 Progress = Callable[..., None]
@@ -109,9 +109,11 @@ def measure_again(
     """
     of_texts, others = _split(missing)
     found, failed = _measure_texts(point, of_texts, session)
-    database.append(row.id, found, failures=[each.record for each in failed])
+    count = queries.environment(database, row.environment_id).threads
+    here = replace(session.environment(point), threads=count)
+    database.append(row.id, found, failures=[each.record for each in failed], environment=here)
     if others or point.export is not None:
-        failed += _rebuild(point, row, others, session, database, resume_root, progress)
+        failed += _rebuild(point, row, others, session, database, resume_root, progress, here)
     if failed:
         raise failed[0].error
 
@@ -124,17 +126,20 @@ def _rebuild(
     database: Database,
     resume_root: Path,
     progress: Progress,
+    here: Environment,
 ) -> tuple[Failed, ...]:
-    """Carry the run out once more for these measurements (and the export), and append them; those that failed."""
+    """Carry the run out once more for these measurements (and the export), and append them; those that failed. `here`
+    is where that happens, on the run's number of threads."""
     memory, folder = PeakMemory(point.device), _resume_folder(resume_root, point)
-    with threads(queries.environment(database, row.environment_id).threads):
+    with threads(here.threads):
         computed = compute(point, missing, session, Phases(), memory, folder, progress)
     if computed.outcome.codes_sha256 != row.codes_sha256:
         raise NumericsError(
             f"run {row.id} ({point.label}): rebuilding it here gives other codes than the stored run (other machine or "
             "library versions); use another store.url for this environment"
         )
-    database.append(row.id, computed.measurements, computed.artifacts, [each.record for each in computed.failed])
+    failures = [each.record for each in computed.failed]
+    database.append(row.id, computed.measurements, computed.artifacts, failures, here)
     return computed.failed
 
 

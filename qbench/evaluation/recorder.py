@@ -35,6 +35,7 @@ class Recorder:
             spec_key=self.spec.key(),
             samples=samples,
             clusters=self.clusters if samples is not None else None,
+            whole=self.spec.n is None,
         )
 
     def mean(self, name: str, unit: str, samples: np.ndarray) -> Measurement:

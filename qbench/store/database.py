@@ -137,7 +137,10 @@ class Database:
             if not _update_claimed(connection, claim, status="done", finished=_now(), **_values(outcome, Outcome)):
                 run = f"run {claim.run_id} (key {claim.key[:12]})"
                 raise AssetError(f"{run}: another process took its claim over; this result is not stored")
-            _insert_measurements(connection, claim.run_id, measurements)
+            place = connection.execute(
+                select(schema.run.c.environment_id).where(schema.run.c.id == claim.run_id)
+            ).scalar()
+            _insert_measurements(connection, claim.run_id, measurements, place)
             _insert_all(connection, schema.layer_metric, claim.run_id, layer_metrics, LayerMetric)
             _insert_all(connection, schema.artifact, claim.run_id, artifacts, Artifact)
             _insert_failures(connection, claim.run_id, failures)
@@ -148,8 +151,10 @@ class Database:
         measurements: Sequence[Measurement],
         artifacts: Iterable[Artifact] = (),
         failures: Iterable[Failure] = (),
+        environment: Environment | None = None,
     ) -> int:
-        """Add measurements (and artifacts) to a run that is done; how many measurements were added.
+        """Add measurements (and artifacts) to a run that is done; how many measurements were added. They were taken in
+        `environment` (None: the run's).
 
         What the run already has (same spec key and name) stays as it is: two processes that measure the same
         run do double work but no harm. Raises AssetError unless the run is done, EvaluationError as `finish`
@@ -158,13 +163,17 @@ class Database:
         _refuse_repeated(measurements)
         with self.write() as connection:
             # Locking the row makes simultaneous appends to one run take turns on PostgreSQL too.
-            status = select(schema.run.c.status).where(schema.run.c.id == run_id).with_for_update()
-            if (found := connection.execute(status).scalar()) != "done":
-                raise AssetError(f"run {run_id} is {found or 'not in the database'}: only a done run can be measured")
+            run = schema.run
+            query = select(run.c.status, run.c.environment_id).where(run.c.id == run_id).with_for_update()
+            found = connection.execute(query).first()
+            if found is None or found.status != "done":
+                what = found.status if found else "not in the database"
+                raise AssetError(f"run {run_id} is {what}: only a done run can be measured")
+            place = found.environment_id if environment is None else _environment_id(connection, environment)
             held = select(schema.metric.c.spec_key, schema.metric.c.name).where(schema.metric.c.run_id == run_id)
             present = {tuple(row) for row in connection.execute(held)}
             missing = [each for each in measurements if (each.spec_key, each.name) not in present]
-            _insert_measurements(connection, run_id, missing)
+            _insert_measurements(connection, run_id, missing, place)
             _insert_all(connection, schema.artifact, run_id, artifacts, Artifact)
             _insert_failures(connection, run_id, failures)
             return len(missing)
@@ -299,10 +308,12 @@ def _refuse_repeated(measurements: Sequence[Measurement]) -> None:
         seen.add((each.spec_key, each.name))
 
 
-def _insert_measurements(connection: Connection, run_id: int, measurements: Iterable[Measurement]) -> None:
-    created = _now()
+def _insert_measurements(
+    connection: Connection, run_id: int, measurements: Iterable[Measurement], environment_id: int
+) -> None:
+    common = {"run_id": run_id, "created": _now(), "environment_id": environment_id}
     for each in measurements:
-        values = _values(each, Measurement) | {"run_id": run_id, "created": created}
+        values = _values(each, Measurement) | common
         samples, clusters = values.pop("samples"), values.pop("clusters")
         metric_id = connection.execute(insert(schema.metric).values(values)).inserted_primary_key[0]
         if samples is not None:

@@ -147,7 +147,7 @@ def _merge_key(
                 writing.execute(update(run).where(run.c.id == known["id"]).values(ending))
                 if counting is not None and counting["id"] == known["id"]:
                     counting = {**counting, **ending}
-        _copy_children(reading, writing, row["id"], ids[row["id"]], found)
+        _copy_children(reading, writing, row["id"], ids[row["id"]], environments, found)
     found.added += len(new)
     found.present += len(ended) - len(new)
     for row in new:  # the order in which attempts superseded each other there
@@ -171,14 +171,16 @@ def _decide(writing: Connection, key: str, counting: Row, head: Row, head_id: in
         return False
     if head["status"] == counting["status"] == "done":
         if head["codes_sha256"] == counting["codes_sha256"]:
-            found.shared += _copy_measurements(writing, writing, head_id, counting["id"])
+            found.shared += _copy_measurements(writing, writing, head_id, counting["id"], None)
         else:
             found.different.append(key)
     return True
 
 
-def _copy_children(reading: Connection, writing: Connection, there: int, here: int, found: Merged) -> None:
-    found.measurements += _copy_measurements(reading, writing, there, here)
+def _copy_children(
+    reading: Connection, writing: Connection, there: int, here: int, environments: Mapping[int, int], found: Merged
+) -> None:
+    found.measurements += _copy_measurements(reading, writing, there, here, environments)
     if not _rows(writing, schema.layer_metric, run_id=here):  # they are stored once, when a run ends
         _insert_many(writing, schema.layer_metric, _rows(reading, schema.layer_metric, run_id=there), here)
     for table in (schema.artifact, schema.failure):
@@ -194,14 +196,21 @@ def _insert_many(connection: Connection, table: Table, rows: Iterable[Row], run_
         connection.execute(insert(table), values)
 
 
-def _copy_measurements(reading: Connection, writing: Connection, there: int, here: int) -> int:
-    """Copy the metrics, with their samples, that run `here` lacks; how many they were."""
+def _copy_measurements(
+    reading: Connection, writing: Connection, there: int, here: int, environments: Mapping[int, int] | None
+) -> int:
+    """Copy the metrics, with their samples, that run `here` lacks; how many they were. Each keeps the environment that
+    it was measured in; `environments` has ids there -> here, or is None within one database."""
+    (run,) = _rows(reading, schema.run, id=there)
     held = {(row["spec_key"], row["name"]) for row in _rows(writing, schema.metric, run_id=here)}
     copied = 0
     for row in _rows(reading, schema.metric, run_id=there):
         if (row["spec_key"], row["name"]) in held:
             continue
-        metric_id = _inserted(writing, schema.metric, _without(row, "id") | {"run_id": here})
+        place = row["environment_id"] or run["environment_id"]
+        place = place if environments is None else environments[place]
+        values = _without(row, "id") | {"run_id": here, "environment_id": place}
+        metric_id = _inserted(writing, schema.metric, values)
         for sample in _rows(reading, schema.sample, metric_id=row["id"]):
             writing.execute(insert(schema.sample).values({**sample, "metric_id": metric_id}))
         copied += 1

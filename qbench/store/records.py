@@ -35,7 +35,7 @@ class Measurement:
     float64 [n] or None, are the per-item values (per-window mean NLL in nats per token), which make paired
     comparison possible. `clusters`, int64 [n] or None, says which items belong together (the document of a
     window): equal numbers, one cluster. `higher_is_better` is the direction as the evaluator knows it; None leaves
-    it to `qbench.metrics`.
+    it to `qbench.metrics`. `whole` says whether the n items are all that the task has.
 
     Raises EvaluationError for a value, stderr or sample that is not finite, a negative stderr, n < 1, samples or
     clusters that are not n numbers, clusters that are not integers or come without samples.
@@ -53,6 +53,7 @@ class Measurement:
     samples: np.ndarray | None = field(default=None, repr=False, compare=False)
     clusters: np.ndarray | None = field(default=None, repr=False, compare=False)
     higher_is_better: bool | None = None
+    whole: bool | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.evaluator} {self.name} on {self.task} ({self.protocol})"
@@ -137,7 +138,7 @@ class Anchor:
     """A published value with its settings; what its source does not state is None.
 
     `weight_format` is a row's, or "full precision"; `stages` names those of the pipeline; `tolerance` is a share of the
-    value. `reading` says why no evaluation measures what the source did.
+    value. `n` counts items, None: all there are. `reading` says why no evaluation measures what the source did.
     """
 
     source: str
@@ -151,6 +152,7 @@ class Anchor:
     algo: str
     weight_format: str
     act_format: str | None = None
+    n: int | None = None
     calib: str | None = None
     calib_n: int | None = None
     calib_length: int | None = None
@@ -252,7 +254,8 @@ class RunRow(RunColumns, Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
-    """A row of table `metric`; its samples are read separately (`queries.samples`)."""
+    """A row of table `metric`; its samples are read separately (`queries.samples`). `environment_id` is where it was
+    measured; None in rows of earlier versions, which do not say: as the run. Nor do they say what is `whole`."""
 
     id: int
     run_id: int
@@ -267,6 +270,8 @@ class MetricRow:
     spec_key: str
     created: str
     higher_is_better: bool | None = None
+    whole: bool | None = None
+    environment_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

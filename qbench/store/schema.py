@@ -127,6 +127,8 @@ metric = Table(
     Column("spec_key", String(64), nullable=False),
     Column("created", String(32), nullable=False),
     Column("higher_is_better", Boolean),  # NULL: neither, or not known
+    Column("whole", Boolean),  # whether these are all items of the task; NULL: rows from before there was this
+    Column("environment_id", Integer),  # where it was measured; NULL (rows from before there was this): as its run
     # value = value refuses a NaN where comparison follows IEEE 754; PostgreSQL sorts NaN above all numbers
     # instead.
     CheckConstraint("value = value AND value BETWEEN -1e308 AND 1e308", name="value_finite"),
@@ -209,6 +211,7 @@ anchor = Table(
     Column("task", Text, nullable=False),
     Column("protocol", Text, nullable=False),
     Column("metric", Text, nullable=False),
+    Column("n", Integer),  # items; NULL: all that the text or task has
     Column("value", Double, nullable=False),
     Column("tolerance", Double, nullable=False),  # a share of the value
     Column("algo", Text, nullable=False),

@@ -1,6 +1,7 @@
 import json
 import math
 import sqlite3
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,8 +23,37 @@ SETTINGS = {
 
 
 def value(wanted: float, task: str = "wikitext2.test", protocol: str = "window-2048", **changes):
-    items = losses(1.0)
-    return measured(items - items.mean() + math.log(wanted), task=task, protocol=protocol, **changes)
+    items = losses(1.0, 256)
+    nlls = items - items.mean() + math.log(wanted)
+    return measured(nlls, **({"task": task, "protocol": protocol, "whole": task != "c4_new.validation"} | changes))
+
+
+@pytest.mark.parametrize("whole", [False, None])
+def test_a_part_of_the_text_is_not_compared(database, store, whole):
+    store("gptq", 3, value(6.318, whole=whole), **SETTINGS)
+    (found,) = align(database, [GPTQ])
+    assert (found.status, found.ours) == ("missing", None)
+    assert found.why == "all items: measured on n = 256, the source on all; eval.n=null takes them"
+    store("gptq", 3, value(6.318), value(9.0, whole=False, spec_key="f" * 64), **SETTINGS, calib_seed=1)
+    assert align(database, [GPTQ])[0].status == "agrees"
+
+
+def test_a_number_of_items_is_compared_where_the_source_states_it(database, store):
+    (mine,) = anchored(calib="c4", calib_n=None, weight_format="int3_g128_asym", algo="gptq", task="c4_new")
+    assert mine.n == 256
+    settings = SETTINGS | {"calib_length": 512, "calib_n": 64}
+    part = measured(losses(2.0, 40), task="c4_new.validation", protocol="window-2048", whole=True)
+    store("gptq", 3, part, **settings)
+    assert align(database, [mine])[0].why.startswith("all items: measured on n = 40, the source on 256")
+    store("gptq", 3, value(mine.value, task="c4_new.validation"), **settings, calib_seed=1)
+    assert align(database, [mine])[0].status == "agrees"
+
+
+def test_a_published_zero_is_compared(database, store):
+    store("gptq", 3, value(6.318), **SETTINGS)
+    found = align(database, [replace(GPTQ, value=0.0)])
+    assert found[0].status == "differs"
+    assert align_table(found).rows[0][3].text == ""
 
 
 @pytest.mark.parametrize(
@@ -171,6 +201,9 @@ def test_published_numbers_are_rows(database, tmp_path, capsys):
         ({"values": {"int3_g128_asym": {"gptq": ["low", 1]}}}, "tables.0.values.int3_g128_asym.gptq=low: a number"),
         ({"tolerance": "small"}, "tables.0.tolerance=small: a number"),
         ({"calibration": "c4"}, "tables.0.calibration=c4: a mapping"),
+        ({"calibration": {"all": 7}}, "tables.0.calibration.gptq=7: a mapping"),
+        ({"tolerance": -0.1}, "tables.0.tolerance=-0.1: 0 or more"),
+        ({"n": 5}, "tables.0.n=5: a mapping"),
     ],
 )
 def test_a_file_that_is_not_as_expected_is_refused(tmp_path, changes, message):
@@ -181,7 +214,8 @@ def test_a_file_that_is_not_as_expected_is_refused(tmp_path, changes, message):
 def test_nothing_is_stored_of_a_file_that_is_refused(database, tmp_path, capsys):
     store = f"sqlite:///{tmp_path}/results.db"
     taken, bad = own(tmp_path / "own.yaml", source=GPTQ.source), own(tmp_path / "bad.yaml", x=1)
-    for path in (taken, bad, tmp_path / "none.yaml"):
+    (tmp_path / "latin.yaml").write_bytes("tables: [\u00e9]".encode("latin-1"))
+    for path in (taken, bad, tmp_path / "none.yaml", tmp_path / "latin.yaml", tmp_path):
         assert main(["align", "--store", store, "--anchors", str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert queries.anchors(database) == []

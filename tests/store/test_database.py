@@ -1,5 +1,6 @@
 import sqlite3
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,6 +175,18 @@ def test_append_adds_what_is_missing_and_keeps_what_is_there(database):
     assert [each.value for each in queries.metrics(database, [claim.run_id])] == [20.0, 30.0]
     assert count(database, schema.sample) == 2
     assert database.measured(claim.run_id) == {key_of("evaluator"), other}
+
+
+def test_a_measurement_says_where_it_was_taken(database):
+    claim = database.begin(columns(), KEY, ELSEWHERE)
+    database.finish(claim, Outcome(), [measurement(20.0)])
+    later = replace(ELSEWHERE, git_dirty=True)
+    database.append(claim.run_id, [measurement(30.0, spec_key=key_of("b"))], environment=later)
+    database.append(claim.run_id, [measurement(40.0, spec_key=key_of("c"))])
+    places = [queries.environment(database, m.environment_id) for m in queries.metrics(database, [claim.run_id])]
+    assert places == [ELSEWHERE, later, ELSEWHERE]
+    view = queries.frame(database).sort_values("value")["environment_id"]
+    assert [queries.environment(database, int(number)) for number in view] == places
 
 
 def test_two_measurements_of_one_spec_and_name_are_refused(database):

@@ -208,16 +208,19 @@ def test_equal_weights_share_measurements_and_different_ones_do_not(database, ot
     done(other, "different", THERE, codes="2" * 64, measurements=extra)
     found = merge(database, other)
     assert (found.shared, found.different) == (1, ["different"])
-    assert {each.name for each in queries.metrics(database, [ours])} == {"ppl", "kl_mean"}
+    places = {m.name: queries.environment(database, m.environment_id) for m in queries.metrics(database, [ours])}
+    assert places == {"ppl": HERE, "kl_mean": THERE}
     assert {each.name for each in queries.metrics(database, [counting(database, "different").id])} == {"ppl"}
 
 
 def test_what_was_measured_later_comes_with_the_next_merge(database, other):
     run_id = done(other, "k")
     merge(database, other)
-    other.append(run_id, [measured("kl_mean", "a" * 64)])
+    later = replace(THERE, git_dirty=True)
+    other.append(run_id, [measured("kl_mean", "a" * 64)], environment=later)
     assert merge(database, other).measurements == 1
-    assert len(queries.metrics(database, [counting(database, "k").id])) == 2
+    found = queries.metrics(database, [counting(database, "k").id])
+    assert [queries.environment(database, each.environment_id) for each in found] == [HERE, later]
 
 
 def test_a_run_at_work_is_left_where_it_is_and_comes_when_it_is_done(database, other):

@@ -188,4 +188,5 @@ def _measurement(score: Score, spec: EvaluationSpec) -> Measurement:
         spec_key=spec.key(),
         samples=score.samples,
         higher_is_better=score.higher_is_better,
+        whole=spec.n is None,
     )

@@ -93,6 +93,7 @@ class OpenCompass(Evaluation):
             unit=score.unit,
             spec_key=self.spec.key(),
             samples=score.samples,
+            whole=self.spec.n is None,
         )
 
 
@@ -136,6 +137,7 @@ def _mean(spec: EvaluationSpec, scores: Sequence[Score]) -> list[Measurement]:
                     n=sum(each.n for each in of_parts),
                     unit="fraction",
                     spec_key=spec.key(),
+                    whole=spec.n is None,
                 )
             ]
     return []
