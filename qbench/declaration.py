@@ -31,7 +31,11 @@ _TABLE_KEYS = (
     *("title", "caption", "metric", "aggregate", "best", "set", "rows", "columns", "except", "repeat", "sizes"),
     "static",
 )
-_SIZE_KEYS = ("set", "models", "axes", "repeat")
+_SHARED_KEYS = ("set", "models")
+_SIZE_KEYS = (*_SHARED_KEYS, "axes", "repeat")
+
+#: The axis of rows of several models.
+_MODEL = "Model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,32 +166,34 @@ def load(name: str, size: str, folder: Path | None = None) -> Declaration:
     if not path.is_file():
         accepted = f"unknown; one of all, {', '.join(declared_names(folder))}, or the path of a .yaml"
         raise SpecError("table", name, accepted)
-    shared = _size_of(_read(folder / SHARED), size, str(folder / SHARED))
+    shared = _sizes(str(folder / SHARED), _read(folder / SHARED), _SHARED_KEYS)
     return _declaration(path.stem, size, _read(path), shared)
 
 
-def _declaration(name: str, size: str, node: Mapping[str, Any], shared: Mapping[str, Any]) -> Declaration:
+def _declaration(name: str, size: str, node: Mapping[str, Any], shared: Mapping[str, Mapping]) -> Declaration:
     _only(name, node, _TABLE_KEYS)
-    own = _size_of(node.get("sizes", {}), size, f"{name}.sizes")
+    own = _sizes(f"{name}.sizes", node.get("sizes", {}), _SIZE_KEYS)
     common = {key: _text(f"{name}.{key}", node.get(key)) for key in ("title", "caption")}
     common |= {"name": name, "size": size}
     if "static" in node:
         return Declaration(**common, static=_strategies(f"{name}.static", node["static"]))
-    replaced = own.get("axes", {})
-    rows = _axes(f"{name}.rows", node.get("rows"), replaced)
-    columns = _axes(f"{name}.columns", node.get("columns"), replaced)
-    names = [axis.name for axis in (*rows, *columns)]
-    unknown = [axis for axis in replaced if axis not in names]
-    if unknown:
-        raise SpecError(f"{name}.sizes.{size}.axes", unknown[0], f"an axis of the table: {', '.join(names)}")
-    models = _levels(f"{name}.models", own.get("models", shared.get("models", [])))
-    given = ((f"sizes.{size}", shared), (name, node), (f"{name}.sizes.{size}", own))
+    places = {place: _axes(f"{name}.{place}", node.get(place)) for place in ("rows", "columns")}
+    declared = [axis for axes in places.values() for axis in axes]
+    replaced = {each: _replaced(f"{name}.sizes.{each}.axes", own[each].get("axes", {}), declared) for each in SIZES}
+    models = {each: _models(name, each, own[each], shared[each]) for each in SIZES}
+    rows, columns = (_in_size(f"{name}.{place}", axes, replaced[size]) for place, axes in places.items())
+    given = ((f"sizes.{size}", shared[size]), (name, node), (f"{name}.sizes.{size}", own[size]))
     settings = [each for where, of in given for each in _settings(f"{where}.set", of.get("set", []))]
-    if len(models) == 1:
-        settings += models[0].settings
-    elif models:
-        rows = (Axis(name="Model", levels=models), *rows)
-    repeat = own.get("repeat", node.get("repeat", [[]]))
+    if len(models[size].levels) == 1:
+        settings += models[size].levels[0].settings
+    elif models[size].levels:
+        rows = (models[size], *rows)
+    names = [axis.name for axis in (*rows, *columns)]
+    if len(set(names)) < len(names):
+        raise SpecError(f"{name}.rows and columns", names, f"every axis once; {_MODEL} is that of several models")
+    repeats = f"{name}.sizes.{size}" if "repeat" in own[size] else name
+    somewhere = [*rows, *columns, *declared, *(axis for each in SIZES for axis in (*replaced[each], models[each]))]
+    labels = {axis: _labels(axis, somewhere) for axis in names}
     return Declaration(
         **common,
         metric=_metric(f"{name}.metric", node.get("metric")),
@@ -196,23 +202,48 @@ def _declaration(name: str, size: str, node: Mapping[str, Any], shared: Mapping[
         settings=tuple(settings),
         rows=rows,
         columns=columns,
-        repeat=tuple(_settings(f"{name}.repeat", each) for each in repeat),
-        undefined=tuple(_undefined(name, each, (*rows, *columns)) for each in node.get("except", [])),
+        repeat=_repeats(f"{repeats}.repeat", own[size].get("repeat", node.get("repeat", [[]]))),
+        undefined=_undefined(f"{name}.except", node.get("except", []), labels),
     )
 
 
-def _axes(where: str, node: object, replaced: Mapping[str, Any]) -> tuple[Axis, ...]:
+def _axes(where: str, node: object) -> tuple[Axis, ...]:
+    """As the table has them, without levels where only its sizes say them."""
     if not isinstance(node, list) or not node:
         raise SpecError(where, node, "a list of axes, each with a name and its values")
     found = []
     for each in node:
         _only(where, each, ("name", "values"))
         name = _text(f"{where}.name", each.get("name"))
-        levels = _levels(f"{where}.{name}", replaced.get(name, each.get("values")))
-        if not levels:
-            raise SpecError(f"{where}.{name}", None, "at least one value")
-        found.append(Axis(name=name, levels=levels))
+        found.append(Axis(name=name, levels=_levels(f"{where}.{name}", each.get("values", []))))
     return tuple(found)
+
+
+def _replaced(where: str, node: object, declared: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes of which a size has levels of its own."""
+    names = [axis.name for axis in declared]
+    _only(where, node, names)
+    return tuple(Axis(name=name, levels=_levels(f"{where}.{name}", levels)) for name, levels in node.items())
+
+
+def _in_size(where: str, axes: Sequence[Axis], replaced: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with the levels of a size."""
+    own = {axis.name: axis for axis in replaced}
+    found = tuple(own.get(axis.name, axis) for axis in axes)
+    for axis in found:
+        if not axis.levels:
+            raise SpecError(f"{where}.{axis.name}", [], "at least one value")
+    return found
+
+
+def _models(name: str, size: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Axis:
+    where, of = (f"{name}.sizes.{size}", own) if "models" in own else (f"sizes.{size}", shared)
+    return Axis(name=_MODEL, levels=_levels(f"{where}.models", of.get("models", [])))
+
+
+def _labels(name: str, axes: Sequence[Axis]) -> list[str]:
+    """All labels of the axes of this name."""
+    return list(dict.fromkeys(level.label for axis in axes if axis.name == name for level in axis.levels))
 
 
 def _levels(where: str, node: object) -> tuple[Level, ...]:
@@ -232,28 +263,41 @@ def _levels(where: str, node: object) -> tuple[Level, ...]:
     return tuple(found)
 
 
-def _undefined(name: str, node: object, axes: Sequence[Axis]) -> Undefined:
-    where = f"{name}.except"
-    _only(where, node, ("where", "reason"))
-    names = [axis.name for axis in axes]
-    found = {}
-    for axis, value in node.get("where", {}).items():
-        if axis not in names:
-            raise SpecError(where, axis, f"an axis of the table: {', '.join(names)}")
-        found[axis] = tuple(map(str, value if isinstance(value, list) else [value]))
-    if not found:
-        raise SpecError(where, node.get("where"), "an axis and its labels")
-    return Undefined(where=found, reason=_text(f"{where}.reason", node.get("reason")))
+def _undefined(where: str, node: object, labels: Mapping[str, Sequence[str]]) -> tuple[Undefined, ...]:
+    """`labels`: by axis those of all sizes, as a combination may have some that this size lacks."""
+    if not isinstance(node, list):
+        raise SpecError(where, node, "a list of combinations, each with where and reason")
+    found = []
+    for each in node:
+        _only(where, each, ("where", "reason"))
+        if not isinstance(each.get("where"), Mapping) or not each["where"]:
+            raise SpecError(f"{where}.where", each.get("where"), "a mapping of axes to labels")
+        chosen = {axis: _chosen(where, axis, value, labels) for axis, value in each["where"].items()}
+        found.append(Undefined(where=chosen, reason=_text(f"{where}.reason", each.get("reason"))))
+    return tuple(found)
+
+
+def _chosen(where: str, axis: str, node: object, labels: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    if axis not in labels:
+        raise SpecError(where, axis, f"an axis of the table: {', '.join(labels)}")
+    given = node if isinstance(node, list) else [node]
+    found = tuple(_text(f"{where}.{axis}", each) for each in given)
+    unknown = [each for each in found if each not in labels[axis]]
+    if unknown or not found:
+        raise SpecError(f"{where}.{axis}", unknown[0] if unknown else node, f"one of {', '.join(labels[axis])}")
+    return found
 
 
 def _applies(undefined: Undefined, labels: Mapping[str, str]) -> bool:
     return all(labels[axis] in values for axis, values in undefined.where.items())
 
 
-def _size_of(node: object, size: str, where: str) -> Mapping[str, Any]:
+def _sizes(where: str, node: object, keys: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """What a file says of every size."""
     _only(where, node, SIZES)
-    found = node.get(size, {})
-    _only(f"{where}.{size}", found, _SIZE_KEYS)
+    found = {size: node.get(size, {}) for size in SIZES}
+    for size, of in found.items():
+        _only(f"{where}.{size}", of, keys)
     return found
 
 
@@ -269,6 +313,12 @@ def _settings(where: str, node: object) -> tuple[str, ...]:
     if not isinstance(node, list) or not all(isinstance(each, str) and "=" in each for each in node):
         raise SpecError(where, node, "a list of settings such as [algo=gptq, bits=4]")
     return tuple(node)
+
+
+def _repeats(where: str, node: object) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(node, list) or not node or not all(isinstance(each, list) for each in node):
+        raise SpecError(where, node, "a list of lists of settings such as [[seed=0], [seed=1]], at least one")
+    return tuple(_settings(where, each) for each in node)
 
 
 def _strategies(where: str, node: object) -> Mapping[str, tuple[str, ...]]:

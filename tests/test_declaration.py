@@ -106,9 +106,27 @@ def test_a_variant_stands_behind_the_comma_of_every_metric(tmp_path):
         ({"aggregate": "median"}, "own.aggregate=median"),
         ({"set": ["bits"]}, "own.set=[bits]"),
         ({"rows": [{"name": "R", "values": [{"label": "a"}, {"label": "a"}]}]}, "every label once"),
-        ({"rows": [{"name": "R", "values": []}]}, "own.rows.R=null: at least one value"),
+        ({"rows": [{"name": "R", "values": []}]}, "own.rows.R=[]: at least one value"),
+        ({"rows": [{"name": "R"}]}, "own.rows.R=[]: at least one value"),
+        ({"rows": TABLE["columns"]}, "own.rows and columns=[Bits,Bits]: every axis once"),
+        ({"columns": TABLE["columns"] * 2}, "own.rows and columns=[Algo,Bits,Bits]: every axis once"),
+        ({"except": 5}, "own.except=5: a list of combinations"),
+        ({"except": None}, "own.except=null: a list of combinations"),
+        ({"except": [{"where": ["Algo"], "reason": "x"}]}, "own.except.where=[Algo]: a mapping of axes to labels"),
+        ({"except": [{"reason": "x"}]}, "own.except.where=null: a mapping of axes to labels"),
         ({"except": [{"where": {"Nothing": "a"}, "reason": "x"}]}, "own.except=Nothing: an axis of the table"),
-        ({"sizes": {"tiny": {"axes": {"Nothing": []}}}}, "own.sizes.tiny.axes=Nothing"),
+        ({"except": [{"where": {"Algo": "nope"}, "reason": "x"}]}, "own.except.Algo=nope: one of A, G"),
+        ({"except": [{"where": {"Bits": [3, 4]}, "reason": "x"}]}, "own.except.Bits=4: one of 3, 2"),
+        ({"except": [{"where": {"Bits": []}, "reason": "x"}]}, "own.except.Bits=[]: one of 3, 2"),
+        ({"repeat": 5}, "own.repeat=5: a list of lists of settings"),
+        ({"repeat": None}, "own.repeat=null: a list of lists of settings"),
+        ({"repeat": []}, "own.repeat=[]: a list of lists of settings"),
+        ({"repeat": ["seed=0"]}, "own.repeat=[seed=0]: a list of lists of settings"),
+        ({"sizes": {"tiny": {"repeat": []}}}, "own.sizes.tiny.repeat=[]: a list of lists of settings"),
+        ({"sizes": {"tiny": {"axes": [1]}}}, "own.sizes.tiny.axes=[1]: a mapping with Algo, Bits"),
+        ({"sizes": {"tiny": {"axes": None}}}, "own.sizes.tiny.axes=null: a mapping with Algo, Bits"),
+        ({"sizes": {"tiny": {"axes": {"Nothing": []}}}}, "own.sizes.tiny.axes.Nothing=[]: unknown; one of Algo, Bits"),
+        ({"sizes": {"paper": {"axes": {"Algo": 5}}}}, "own.sizes.paper.axes.Algo=5: a list of values"),
         ({"sizes": {"huge": {}}}, "own.sizes.huge"),
     ],
 )
@@ -117,6 +135,38 @@ def test_what_is_not_as_expected_is_refused_in_one_line(tmp_path, change, messag
         load(written(tmp_path, TABLE | change), "tiny")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_axis_called_model_is_refused_beside_several_models(tmp_path):
+    table = TABLE | {"rows": [{"name": "Model", "values": [{"label": "x"}]}]}
+    models = [{"label": name, "set": [f"model.path={name}"]} for name in ("m", "n")]
+    path = written(tmp_path, table, {"paper": {"models": models}, "demo": {"models": models[:1]}})
+    with pytest.raises(SpecError, match=r"\[Model,Model,Bits\]: every axis once; Model is that of several models"):
+        load(path, "paper")
+    assert [axis.name for axis in load(path, "demo").rows] == ["Model"]
+
+
+@pytest.mark.parametrize("label", ["8", "3"])
+def test_what_makes_no_sense_may_have_labels_of_another_size(tmp_path, label):
+    axes = {"Bits": [{"label": 8, "set": ["bits=8"]}]}
+    table = TABLE | {"sizes": {"tiny": {"axes": axes}}, "except": [{"where": {"Bits": label}, "reason": "no"}]}
+    path = written(tmp_path, table)
+    undefined = {size: sum(wish.reason is not None for *_, wish in load(path, size).cells()) for size in SIZES}
+    assert undefined == ({"tiny": 2, "demo": 0, "paper": 0} if label == "8" else {"tiny": 0, "demo": 2, "paper": 2})
+
+
+def test_an_axis_may_have_its_values_by_size_alone(tmp_path):
+    table = TABLE | {"columns": [{"name": "Bits"}], "sizes": {"tiny": {"axes": {"Bits": [{"label": 8}]}}}}
+    path = written(tmp_path, table)
+    assert len(list(load(path, "tiny").cells())) == 2
+    with pytest.raises(SpecError, match=r"own.columns.Bits=\[\]: at least one value"):
+        load(path, "demo")
+
+
+@pytest.mark.parametrize("key", ["axes", "repeat"])
+def test_what_all_tables_share_has_no_axes_and_repeats(tmp_path, key):
+    with pytest.raises(SpecError, match=rf"sizes.yaml.tiny.{key}=\[\]: unknown; one of set, models"):
+        load(written(tmp_path, None, {"tiny": {key: []}}), "tiny")
 
 
 def test_tables_are_listed_in_reading_order(tmp_path):
