@@ -37,6 +37,9 @@ _SIZE_KEYS = (*_SHARED_KEYS, "axes", "repeat")
 #: The axis of rows of several models.
 _MODEL = "Model"
 
+#: Settings of the whole invocation, which no cell can have of its own.
+_OF_INVOCATION = ("store", "results", "dry_run", "hydra")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
@@ -312,6 +315,10 @@ def _only(where: str, node: object, keys: Sequence[str]) -> None:
 def _settings(where: str, node: object) -> tuple[str, ...]:
     if not isinstance(node, list) or not all(isinstance(each, str) and "=" in each for each in node):
         raise SpecError(where, node, "a list of settings such as [algo=gptq, bits=4]")
+    for each in node:
+        if re.split(r"[=+./\s]", each.lstrip(), maxsplit=1)[0] in _OF_INVOCATION:
+            accepted = "the command line's --store, results=... or --dry-run, as cells have none of their own"
+            raise SpecError(where, each, f"{', '.join(_OF_INVOCATION)} belong to the whole invocation: {accepted}")
     return tuple(node)
 
 

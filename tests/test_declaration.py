@@ -137,6 +137,30 @@ def test_what_is_not_as_expected_is_refused_in_one_line(tmp_path, change, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["store.url=sqlite:///x.db", "dry_run=true", "results=foo", "results+=foo", "hydra.run.dir=x", "hydra/launcher=x"],
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda level: {"set": ["bits=3", *level["set"]]},
+        lambda level: {"sizes": {"tiny": {"set": level["set"]}}},
+        lambda level: {"sizes": {"tiny": {"models": [level]}}},
+        lambda level: {"rows": [{"name": "R", "values": [level]}]},
+        lambda level: {"columns": [{"name": "C", "values": [level]}]},
+        lambda level: {"repeat": [["seed=0"], level["set"]]},
+    ],
+    ids=["table", "size", "model", "row", "column", "repeat"],
+)
+def test_what_belongs_to_the_whole_invocation_is_no_setting_of_a_cell(tmp_path, setting, place):
+    level = {"label": "x", "set": [setting]}
+    for table, sizes in ((TABLE | place(level), None), (TABLE, {"tiny": {"set": [setting]}})):
+        with pytest.raises(SpecError, match="belong to the whole invocation") as caught:
+            load(written(tmp_path, table, sizes), "tiny")
+        assert setting in str(caught.value)
+
+
 def test_an_axis_called_model_is_refused_beside_several_models(tmp_path):
     table = TABLE | {"rows": [{"name": "Model", "values": [{"label": "x"}]}]}
     models = [{"label": name, "set": [f"model.path={name}"]} for name in ("m", "n")]
