@@ -352,7 +352,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise AssetError(f"{path}: no such file")
     try:
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8 (byte {error.start}: {error.reason}); convert the file to UTF-8"
+        raise AssetError(f"{path}: {why}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise SpecError("table", path, " ".join(str(error).split())) from error
     if not isinstance(node, Mapping):
         raise SpecError("table", path, "a mapping")

@@ -10,7 +10,7 @@ import yaml
 
 import qbench.models
 from qbench.declaration import SIZES, Declaration, declared_names, last_wins, load, tables_dir
-from qbench.errors import QbenchError, SpecError
+from qbench.errors import AssetError, QbenchError, SpecError
 from qbench.fill import compose
 from qbench.stages.pipeline import stage_types
 from qbench.taxonomy import learns, taxonomy
@@ -185,6 +185,26 @@ def test_an_axis_may_have_its_values_by_size_alone(tmp_path):
     assert len(list(load(path, "tiny").cells())) == 2
     with pytest.raises(SpecError, match=r"own.columns.Bits=\[\]: at least one value"):
         load(path, "demo")
+
+
+@pytest.mark.parametrize("file", ["own.yaml", "sizes.yaml"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"title: caf\xe9", "not UTF-8 (byte 10: "),
+        (b"title: [", "expected the node content"),
+        (b"title: 2024-13-45", "month must be in 1..12"),
+        (b"title", "a mapping"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_in_one_line(tmp_path, file, content, message):
+    path = written(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises((SpecError, AssetError)) as caught:
+        load(path, "tiny")
+    assert file in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["axes", "repeat"])
