@@ -342,7 +342,7 @@ def _metric(where: str, node: object) -> tuple[str, ...]:
 
 
 def _text(where: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
         raise SpecError(where, value, "a text")
     return " ".join(str(value).split())
 

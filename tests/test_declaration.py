@@ -187,6 +187,13 @@ def test_an_axis_may_have_its_values_by_size_alone(tmp_path):
         load(path, "demo")
 
 
+def test_labels_may_be_numbers(tmp_path):
+    values = [{"label": 1.58, "set": ["bits=1.58"]}, {"label": 2, "set": ["bits=2"]}]
+    table = TABLE | {"columns": [{"name": "Bits", "values": values}]}
+    found = load(written(tmp_path, table | {"except": [{"where": {"Bits": 1.58}, "reason": "no"}]}), "tiny")
+    assert [(column[0].label, wish.reason) for _, column, wish in found.cells()] == [("1.58", "no"), ("2", None)] * 2
+
+
 @pytest.mark.parametrize("file", ["own.yaml", "sizes.yaml"])
 @pytest.mark.parametrize(
     ("content", "message"),
