@@ -67,16 +67,21 @@ def takeaways(path: Path = TAKEAWAYS) -> tuple[Takeaway, ...]:
         raise AssetError(f"{path}: no such file")
     try:
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8 (byte {error.start}: {error.reason}); convert the file to UTF-8"
+        raise AssetError(f"{path}: {why}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise SpecError("takeaways", path, " ".join(str(error).split())) from error
+    given = _keys("takeaways", node, ("takeaways",)).get("takeaways")
     found = []
-    for each in _keys("takeaways", node, ("takeaways",)).get("takeaways") or ():
+    for each in _list("takeaways", given, "a list of takeaways"):
         where = f"takeaway {_keys('takeaways', each, _KEYS).get('id')}"
-        texts = {name: " ".join(str(each.get(name, "")).split()) for name in _KEYS if name != "expects"}
+        texts = {name: _text(f"{where}.{name}", each.get(name)) for name in _KEYS if name != "expects"}
         for name in ("id", "title", "statement", "source"):
             if not texts[name]:
                 raise SpecError(f"{where}.{name}", each.get(name), "a text")
-        expects = tuple(_expectation(where, one) for one in each.get("expects", []))
+        some = _list(f"{where}.expects", each.get("expects", []), "a list of expectations")
+        expects = tuple(_expectation(where, one) for one in some)
         if bool(expects) == bool(texts["needs"]):
             raise SpecError(where, texts["title"], "either expects, or needs, which says why nothing is tested")
         found.append(Takeaway(**texts, expects=expects))
@@ -155,9 +160,22 @@ def _expectation(where: str, node: object) -> Expectation:
 
 
 def _selector(where: str, node: object) -> Selector:
-    if not isinstance(node, Mapping):
+    if not isinstance(node, Mapping) or [] in node.values():
         raise SpecError(where, node, "a mapping of axes to labels")
     return {str(axis): tuple(map(str, value if isinstance(value, list) else [value])) for axis, value in node.items()}
+
+
+def _list(where: str, node: object, accepted: str) -> list[Any]:
+    if not isinstance(node, list):
+        raise SpecError(where, node, accepted)
+    return node
+
+
+def _text(where: str, value: object) -> str:
+    """Empty for null."""
+    if isinstance(value, (Mapping, list)):
+        raise SpecError(where, value, "a text")
+    return "" if value is None else " ".join(str(value).split())
 
 
 def _keys(where: str, node: Any, keys: Sequence[str]) -> Mapping[str, Any]:
