@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.claims import MIXTURES
-from analysis.findings.page import write_page
+from analysis.findings.page import check_out, write_page
 from analysis.findings.takeaways import TAKEAWAYS, Axes, check, takeaways
 from analysis.findings.words import takeaways_table
 from analysis.tables.checked import checked
@@ -31,6 +31,7 @@ def main(options: argparse.Namespace) -> int:
     allow = [each for each in options.allow.split(",") if each]
     for each in allow:
         choice("--allow", each, (*MIXTURES, "all"))
+    check_out(options.out)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     logging.getLogger("hydra").setLevel(logging.WARNING)
     console = Console()

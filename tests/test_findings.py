@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +133,30 @@ def test_mixtures_are_refused_unless_allowed(folder, capsys):
         (["--size", "big"], "invalid choice"),
         (["--takeaways", "none.yaml"], "none.yaml: no such file"),
         (["t7"], "unrecognized arguments: t7"),
+        (["--out", "own"], "--out=own: own is a directory; name a place"),
+        (["--out", "own.yaml/f.md"], "--out=own.yaml/f.md: own.yaml is no directory; name a place"),
+        (["--out", "own.yaml/more/f.md"], "--out=own.yaml/more/f.md: own.yaml is no directory; name a place"),
     ],
 )
-def test_bad_requests_are_refused_in_one_line(folder, arguments, message, capsys):
+def test_bad_requests_are_refused_in_one_line_before_any_work(folder, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(qbench.findings, "compose", None)
     assert findings(*arguments) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_figures_that_cannot_be_written_are_one_line(folder, capsys):
+    plant()
+    Path("img").write_text("")
+    assert findings("--out", "found.md") == 2
+    err = capsys.readouterr().err
+    assert "--out=found.md: " in err
+    assert err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert findings("--out", "new/found.md") == 2
+    assert "--out=new/found.md: . cannot be written to; name a place" in capsys.readouterr().err
+    assert not Path("new").exists()

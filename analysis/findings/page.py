@@ -14,6 +14,7 @@ from analysis.tables.declared_text import markdown, md
 from analysis.tables.figure import write_figure
 from analysis.tables.labels import is_baseline
 from analysis.tables.render import number, with_error
+from qbench.errors import AssetError
 from qbench.metrics import items_of
 from qbench.store import queries
 from qbench.store.database import Database
@@ -21,6 +22,15 @@ from qbench.store.records import RunRow
 
 _FOLDED = 6  # comparisons from which on a list is closed until it is opened
 _NAMED = 2  # cells that are named of all that lack a value for one reason
+
+
+def check_out(out: Path) -> None:
+    """AssetError where no page can be written to `out`; nothing is created yet."""
+    there = next(each for each in (out, *out.parents) if os.path.exists(each))  # Path.exists raises in closed folders
+    if there.is_dir() == (there == out):
+        raise _unwritable(out, f"{there} is {'a directory' if there.is_dir() else 'no directory'}")
+    if not os.access(there, os.W_OK):
+        raise _unwritable(out, f"{there} cannot be written to")
 
 
 def write_page(
@@ -32,19 +42,27 @@ def write_page(
 ) -> tuple[tuple[Finding, ...], list[Path]]:
     """The findings, and the files written: the page, and figures in `img/` beside it. Equal rows give equal files.
 
-    `allow`: the mixtures that were allowed in the tables, for the command that makes the page again.
+    `allow`: the mixtures that were allowed in the tables, for the command that makes the page again. AssetError where
+    a file cannot be written.
     """
     found = findings(database, takeaways, tables)
     shown = {name: table for name, table in tables.items() if table.counts["done"]}
-    out.parent.mkdir(parents=True, exist_ok=True)
     written, pictures = [], {}
-    for name, table in shown.items():
-        base = out.parent / "img" / out.stem / f"{name}-{table.declared.size}"
-        (png,) = write_figure(table, base, ["png"])
-        written.append(png)
-        pictures[name] = Path(os.path.relpath(png, out.parent)).as_posix()
-    out.write_text(page(database, found, tables, pictures, allow), encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for name, table in shown.items():
+            base = out.parent / "img" / out.stem / f"{name}-{table.declared.size}"
+            (png,) = write_figure(table, base, ["png"])
+            written.append(png)
+            pictures[name] = Path(os.path.relpath(png, out.parent)).as_posix()
+        out.write_text(page(database, found, tables, pictures, allow), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(out, str(error)) from error
     return found, [out, *written]
+
+
+def _unwritable(out: Path, why: str) -> AssetError:
+    return AssetError(f"--out={out}: {why}; name a place you can write to")
 
 
 def page(
