@@ -8,7 +8,7 @@ from pathlib import Path
 from analysis.claims import code_of
 from analysis.findings.takeaways import Takeaway
 from analysis.findings.verdicts import ALPHA, Compared, Finding, findings
-from analysis.findings.words import counted, p_range, p_text, said
+from analysis.findings.words import counted, many, p_range, p_text, said
 from analysis.tables.declared import FilledTable
 from analysis.tables.declared_text import markdown, md
 from analysis.tables.figure import write_figure
@@ -110,12 +110,12 @@ def _scope(database: Database, shown: Sequence[FilledTable]) -> list[str]:
     texts: dict[str, set[int]] = {}
     for metric in queries.metrics(database, [run.id for run in runs]):
         texts.setdefault(f"{items_of(metric.evaluator)} of {metric.task} ({metric.protocol})", set()).add(metric.n)
-    many = ", ".join(f"{' or '.join(map(str, sorted(n)))} {text}" for text, n in texts.items())
+    items = ", ".join(f"{' or '.join(map(str, sorted(n)))} {text}" for text, n in texts.items())
     quantized = sum(not is_baseline(run) for run in runs)
-    only = "one model" if len(models) == 1 else f"{len(models)} models"
+    only = "This is one model" if len(models) == 1 else f"These are {len(models)} models"
     return [
-        f"**This is {only}: {md(', '.join(models))}.** {quantized} quantized runs, measured on few items: {md(many)}."
-        " What holds for it need not hold for larger models. The p values are over the test items alone: another draw"
+        f"**{only}: {md(', '.join(models))}.** {many(quantized, 'quantized run')}, measured on few items: {md(items)}."
+        " What holds here need not hold for larger models. The p values are over the test items alone: another draw"
         " of the calibration text, or another seed, is not in them."
     ]
 
@@ -128,8 +128,8 @@ def _method(found: Sequence[Finding]) -> list[str]:
         f" comparisons of a takeaway, α = {ALPHA:g}. *Confirmed*: all comparisons speak for it. *Partly confirmed*:"
         " some speak for it, the others say nothing. *Mixed*: some speak for it, some against. *Contradicted*: some"
         " speak against it, none for it. *Undecided*: none says anything, and that is no sign of no effect. *So far*:"
-        f" cells lack a value. The last column of the summary corrects over all {tested} comparisons of the page"
-        " instead.",
+        " cells lack a value. *In part not tested*: tables of this size lack what some of it is about. The last column"
+        f" of the summary corrects over the whole page ({many(tested, 'comparison')}) instead.",
         "",
         "Effects count in the direction of the takeaway. Of perplexities they are differences of log perplexity in nats"
         " (0.05: about 5 %); of advantages that are compared, their difference; of a loss, its distance from the share"
@@ -158,7 +158,8 @@ def _again(tables: Mapping[str, FilledTable], size: str, allow: Sequence[str]) -
         name: sum(number for state, number in table.counts.items() if state not in ("done", "undefined"))
         for name, table in tables.items()
     }
-    incomplete = [f"{name} ({count} of {_cells(tables[name])} cells)" for name, count in counts.items() if count]
+    cells = {name: many(_cells(table), "cell") for name, table in tables.items()}
+    incomplete = [f"{name} ({count} of {cells[name]})" for name, count in counts.items() if count]
     return [*lines, *(["", f"Without a value: {', '.join(incomplete)}."] if incomplete else [])]
 
 
@@ -201,7 +202,8 @@ def _provenance(database: Database, table: FilledTable) -> str:
     days = sorted({run.finished[:10] for run in runs if run.finished})
     when = " to ".join(dict.fromkeys([*days[:1], *days[-1:]])) or "unknown"
     where = md(f"code {', '.join(codes)}; {'; '.join(machines)}")
-    return f"{len(runs)} runs (ids {_ids([run.id for run in runs])}), finished {when}; {where}."
+    ids = f"id{'' if len(runs) == 1 else 's'} {_ids([run.id for run in runs])}"
+    return f"{many(len(runs), 'run')} ({ids}), finished {when}; {where}."
 
 
 def _finding(each: Finding) -> list[str]:
@@ -242,7 +244,7 @@ def _untested(each: Finding) -> list[str]:
     reasons = list(each.absent)
     for reason, some in cells.items():
         named = [cell for cell in some if cell]
-        more = f", and {len(named) - _NAMED} more cells" if len(named) > _NAMED else ""
+        more = f", and {many(len(named) - _NAMED, 'more cell')}" if len(named) > _NAMED else ""
         reasons.append(f"{reason}{' (' if named else ''}{'; '.join(named[:_NAMED])}{more}{')' if named else ''}")
     return [f"Not tested: {md('; '.join(reasons))}.", ""] if reasons else []
 

@@ -17,12 +17,18 @@ def said(each: Finding, verdict: Verdict | None = None) -> str:
 
 
 def counted(each: Finding) -> str:
-    """2 for, 1 open, 3 not tested"""
+    """2 for, 1 open, 3 not tested; in part not tested: where tables lack what some of it is about."""
     counts = Counter(one.says(one.p_holm) for one in each.tested)
     parts = [f"{counts[word]} {word}" for word in ("for", "against", "open") if counts[word]]
     if each.untested:
         parts.append(f"{len(each.untested)} not tested")
-    return ", ".join(parts) or "none"
+    lacking = "; in part not tested" if each.absent and each.tested else ""
+    return f"{', '.join(parts) or 'none'}{lacking}"
+
+
+def many(number: int, what: str) -> str:
+    """1 run, 2 runs"""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def p_range(each: Finding) -> str:

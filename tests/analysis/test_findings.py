@@ -133,8 +133,9 @@ def test_a_takeaway_about_a_table_that_is_not_there_is_not_tested(database, plan
     assert [each.verdict for each in found] == ["confirmed", "confirmed", "not tested"]
     assert [each.absent for each in found] == [(), ("t9 has no run",), ("t9 has no run",)]
     table = takeaways_table(found, "demo")
-    assert [[entry.text for entry in row] for row in table.rows][::2] == [
+    assert [[entry.text for entry in row] for row in table.rows] == [
         ["1", "T", "confirmed", "2 for", "< 0.0001", "confirmed"],
+        ["2", "T", "confirmed", "2 for; in part not tested", "< 0.0001", "confirmed"],
         ["3", "T", "not tested", "none", "", ""],
     ]
     assert "over all 4" in table.caption
@@ -355,7 +356,16 @@ def test_a_database_of_one_row_is_drawn(database, store, tmp_path):
     cells = {("A", "W2"): Cell(metric=("ppl",), wanted=(Wanted(key=key, baseline=sha("b"), spec_keys=(C4,)),))}
     text = written(database, table(cells), GIVEN, tmp_path)
     assert "**not tested**" in text
+    assert "1 quantized run, measured on few items" in text
+    assert "1 run (id 1), finished" in text
     assert (tmp_path / "img/findings/t0-tiny.png").is_file()
+
+
+def test_two_runs_are_plural(database, plant, tmp_path):
+    text = written(database, plant({(algo, "W2"): losses(3.4) + own(ord(algo)) for algo in "AB"}), GIVEN, tmp_path)
+    assert "2 quantized runs, measured on few items" in text
+    assert "3 runs (ids 1-3), finished" in text
+    assert "over the whole page (1 comparison) instead" in text
 
 
 ONE = {"id": "1", "title": "T", "statement": "S.", "source": "Q"}
