@@ -32,7 +32,7 @@ _TABLE_KEYS = (
     "static",
 )
 _SHARED_KEYS = ("set", "models")
-_SIZE_KEYS = (*_SHARED_KEYS, "axes", "repeat")
+_SIZE_KEYS = (*_SHARED_KEYS, "axes", "repeat", "caption")
 
 #: The axis of rows of several models.
 _MODEL = "Model"
@@ -178,6 +178,8 @@ def _declaration(name: str, size: str, node: Mapping[str, Any], shared: Mapping[
     own = _sizes(f"{name}.sizes", node.get("sizes", {}), _SIZE_KEYS)
     common = {key: _text(f"{name}.{key}", node.get(key)) for key in ("title", "caption")}
     common |= {"name": name, "size": size}
+    if "caption" in own[size]:
+        common["caption"] += f" {_text(f'{name}.sizes.{size}.caption', own[size]['caption'])}"
     if "static" in node:
         return Declaration(**common, static=_strategies(f"{name}.static", node["static"]))
     places = {place: _axes(f"{name}.{place}", node.get(place)) for place in ("rows", "columns")}

@@ -187,6 +187,11 @@ def test_an_axis_may_have_its_values_by_size_alone(tmp_path):
         load(path, "demo")
 
 
+def test_a_size_may_add_to_the_caption(tmp_path):
+    path = written(tmp_path, TABLE | {"caption": "All.", "sizes": {"tiny": {"caption": "Of few  items."}}})
+    assert [load(path, size).caption for size in ("tiny", "demo")] == ["All. Of few items.", "All."]
+
+
 def test_labels_may_be_numbers(tmp_path):
     values = [{"label": 1.58, "set": ["bits=1.58"]}, {"label": 2, "set": ["bits=2"]}]
     table = TABLE | {"columns": [{"name": "Bits", "values": values}]}
