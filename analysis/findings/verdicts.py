@@ -166,7 +166,7 @@ def _tested(contrast: Contrast, table: FilledTable, look: Look) -> Compared:
         df = min(part.df for part, _ in parts)
         p = 2 * float(special.stdtr(df, -abs(effect / stderr))) if stderr else float(effect == 0)
     values = tuple(tuple(float(np.mean([metric.value for metric, _ in side])) for side in sides) for sides in pairs)
-    unit = "nats" if info.link == "exp_mean" else info.unit or info.label
+    unit = "nats" if info.link == "exp_mean" else info.unit or info.family
     return Compared(contrast=contrast, values=values, effect=effect, stderr=stderr, unit=unit, p=p)
 
 
