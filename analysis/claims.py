@@ -20,7 +20,11 @@ Mixture = Literal["protocol", "items", "code", "dirty"]
 MIXTURES: tuple[Mixture, ...] = ("protocol", "items", "code", "dirty")
 
 _SHOWN = 3  # cells that a message names
-_IMPLIED = {"model": "weights", "bits": "weight_format", "act_bits": "act_format", "kv_bits": "kv_format"}
+_IMPLIED = {
+    **{"model": "weights", "bits": "weight_format", "act_bits": "act_format", "kv_bits": "kv_format"},
+    "calib_seed": "seed",
+}
+_OURS = "qbench"  # whose version the code stands for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +79,7 @@ def check(
     for name in allow:
         if name not in (*MIXTURES, "all"):
             raise SpecError("allow", name, f"one of {', '.join(MIXTURES)}, or all")
-    environments = {
-        number: queries.environment(database, number) for number in sorted({each.run.environment_id for each in cells})
-    }
+    environments = _environments(database, cells)
     found = list(_violations(cells, environments))
     refused = [each for each, _ in found if each.kind not in allow and "all" not in allow]
     if refused:
@@ -98,13 +100,23 @@ def check(
 
 def violations(database: Database, cells: Sequence[Cell]) -> tuple[Violation, ...]:
     """All mixtures among the cells, for a report that lists them instead of refusing."""
-    environments = {number: queries.environment(database, number) for number in {c.run.environment_id for c in cells}}
+    environments = _environments(database, cells)
     return tuple(each for each, _ in _violations(cells, environments))
+
+
+def _environments(database: Database, cells: Sequence[Cell]) -> dict[int, Environment]:
+    return {number: queries.environment(database, number) for number in sorted({n for c in cells for n in _places(c)})}
+
+
+def _places(cell: Cell) -> tuple[int, ...]:
+    """Where the run was made and, where that was elsewhere, its number measured: ids of environments."""
+    measured = cell.metric.environment_id if cell.metric is not None else None
+    return tuple(dict.fromkeys((cell.run.environment_id, measured or cell.run.environment_id)))
 
 
 def code_of(environment: Environment) -> str:
     """What names the code that made a number: the commit, or the installed version outside a checkout."""
-    return environment.git_commit or f"qbench {environment.versions.get('qbench', 'of unknown version')}"
+    return environment.git_commit or f"{_OURS} {environment.versions.get(_OURS, 'of unknown version')}"
 
 
 def _violations(
@@ -123,7 +135,10 @@ def _violations(
         elif len({(cells[i].metric.spec_key, cells[i].metric.n) for i in places}) > 1:
             items = {i: f"n = {cells[i].metric.n} of {cells[i].metric.spec_key[:8]}" for i in places}
             yield _mixed("items", "items", cells, items, column)
-    codes = {i: code_of(environments[each.run.environment_id])[:12] for i, each in enumerate(cells)}
+    codes = {
+        i: " measured by ".join(dict.fromkeys(code_of(environments[place])[:12] for place in _places(each)))
+        for i, each in enumerate(cells)
+    }
     if len(set(codes.values())) > 1:
         yield _mixed("code", "code versions", cells, codes)
     versions: dict[str, dict[int, str]] = {}
@@ -133,7 +148,7 @@ def _violations(
     for name, by_cell in versions.items():
         if len(set(by_cell.values())) > 1:
             yield _mixed("code", f"versions of stage {name}", cells, by_cell)
-    dirty = tuple(i for i, each in enumerate(cells) if environments[each.run.environment_id].git_dirty)
+    dirty = tuple(i for i, each in enumerate(cells) if any(environments[place].git_dirty for place in _places(each)))
     if dirty:
         text = f"{_named(cells, dirty)}: made from a checkout with uncommitted changes, which no commit describes"
         yield Violation(kind="dirty", text=text), dirty
@@ -166,6 +181,10 @@ def _deviations(
             and (value := read(each.run, environments[each.run.environment_id])) is not None
         }
         yield from _unusual(title, values)
+    of_run = [environments[each.run.environment_id].versions for each in cells]
+    for package in dict.fromkeys(name for versions in of_run for name in versions if name != _OURS):
+        known = {i: versions[package] for i, versions in enumerate(of_run) if package in versions}
+        yield from _unusual(package, known)
     if "algo" not in varied:
         yield from _unusual("pipeline", {i: c.run.algo for i, c in enumerate(cells) if not is_baseline(c.run)})
     if "options" not in varied:
@@ -182,10 +201,6 @@ def _unusual(title: str, values: Mapping[int, Hashable]) -> Iterator[tuple[str, 
     counts = Counter(values.values()).most_common()
     for value, _ in counts[1:]:
         yield f"{title} {value}, elsewhere {counts[0][0]}", [i for i, own in values.items() if own == value]
-
-
-def _version(package: str) -> Callable[[RunRow, Environment], Hashable]:
-    return lambda _, environment: environment.versions.get(package)
 
 
 # What is footnoted where it varies: title, how to read it, whether it is said of full precision too.
@@ -205,12 +220,19 @@ _ASPECTS: Mapping[str, tuple[str, Callable[[RunRow, Environment], Hashable], boo
     "calib_n": ("calibration sequences", lambda run, _: run.calib_n, False),
     "calib_length": ("calibration length", lambda run, _: run.calib_length, False),
     "calib_seed": ("calibration seed", lambda run, _: run.calib_seed, False),
+    "calib_sampler": (
+        "calibration sampler",
+        lambda run, _: (run.spec.get("calibration") or {}).get("sampler"),
+        False,
+    ),
+    "seed": ("seed", lambda run, _: run.spec.get("seed"), False),
+    "source": ("source", lambda run, _: run.source, True),
     "device": ("device", lambda run, _: run.device, True),
     "gpu": ("GPU", lambda _, environment: environment.gpu, True),
     "cpu": ("processor", lambda _, environment: environment.cpu, True),
     "threads": ("threads", lambda _, environment: environment.threads, True),
-    "torch": ("torch", _version("torch"), True),
-    "transformers": ("transformers", _version("transformers"), True),
+    "driver": ("driver", lambda _, environment: environment.driver, True),
+    "platform": ("platform", lambda _, environment: environment.platform, True),
 }
 
 

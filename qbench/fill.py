@@ -46,7 +46,8 @@ _VARIED = {
     **dict.fromkeys(("act", "act_bits"), ("act_format",)),
     **dict.fromkeys(("kv", "kv_bits"), ("kv_format",)),
     **{"calib": ("calib",), "calib.n": ("calib_n",), "calib.length": ("calib_length",)},
-    **{"calib.seed": ("calib_seed",), "seed": ("calib_seed",), "model": ("model", "weights")},
+    **{"calib.seed": ("calib_seed",), "calib.sampler": ("calib_sampler",)},
+    **{"seed": ("calib_seed",), "model": ("model", "weights")},
     **dict.fromkeys(("bits", "format", "group_size", "symmetric", "zero_point"), ("bits", "weight_format")),
     **dict.fromkeys(("reach", "scale_dtype", "tile", "partial_group", "range"), ("weight_format",)),
 }
