@@ -21,7 +21,7 @@ from scipy import special
 
 from analysis import stats
 from analysis.axes import AXES, axis_levels
-from analysis.candidates import Field, fields
+from analysis.candidates import Field, Only, fields, require_known
 from analysis.claims import Cell, Checked, check
 from analysis.stats.estimates import cluster_totals
 from qbench.errors import SpecError
@@ -84,6 +84,7 @@ def attribute(
     model: str | None = None,
     metric: str = "ppl",
     task: str | None = None,
+    only: Only = Only(),  # noqa: B008 (frozen)
     algos: Collection[str] | None = None,
     interactions: bool = True,
     resamples: int = 999,
@@ -99,9 +100,15 @@ def attribute(
     if resamples < 100:
         raise SpecError("bootstrap", resamples, "100 resamples or more")
     found = []
-    for field in fields(database, metric=metric, task=task, model=model, seeds_apart=True):
+    for field in fields(database, metric=metric, task=task, model=model, only=only, seeds_apart=True):
+        for each in algos or ():
+            require_known("algo", each, [candidate.runs[0].algo for candidate in field.candidates])
         points = [each for each in field.candidates if algos is None or each.runs[0].algo in algos]
-        cells = [Cell(where=each.label, run=run) for each in points for run in each.runs]
+        cells = [
+            Cell(where=each.label, run=run, metric=replace(each.metric, run_id=run.id))
+            for each in points
+            for run in each.runs
+        ]
         checked = check(database, cells, varied=_VARIED, allow=allow)
         one = _attribution(replace(field, candidates=tuple(points)), interactions, resamples, seed)
         found.append(replace(one, checked=checked))

@@ -5,7 +5,7 @@ items are the means over its seeds: picking the luckiest of several seeds is not
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -82,10 +82,31 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which of several evaluations of one text, or of several checkpoints of one name, is meant; None: all.
+    `checkpoint` is the beginning of a fingerprint, `n` counts items."""
+
+    protocol: str | None = None
+    n: int | None = None
+    dtype: str | None = None
+    checkpoint: str | None = None
+
+    def takes(self, field: "Field") -> bool:
+        """Whether the field is one that is meant."""
+        same = all(
+            mine in (None, own)
+            for mine, own in ((self.protocol, field.protocol), (self.n, field.n), (self.dtype, field.dtype))
+        )
+        return same and field.checkpoint.startswith(self.checkpoint or "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Field:
-    """All candidates of one model under one evaluation, and full precision if it was measured."""
+    """All candidates of one model under one evaluation, and full precision if it was measured. `apart` says what tells
+    it from others of the same model, text and protocol; empty where there is none."""
 
     model: str
+    checkpoint: str
     dtype: str | None
     task: str
     protocol: str
@@ -94,6 +115,12 @@ class Field:
     info: MetricInfo
     full: Candidate | None
     candidates: tuple[Candidate, ...]
+    apart: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model, and what tells the field from others of it."""
+        return self.model + (f" ({self.apart})" if self.apart else "")
 
     @property
     def n(self) -> int:
@@ -120,18 +147,22 @@ def fields(
     metric: str = "ppl",
     task: str | None = None,
     model: str | None = None,
+    only: Only = Only(),
     seeds_apart: bool = False,
 ) -> tuple[Field, ...]:
     """What there is to choose from, by model and evaluation, in the order of the runs.
 
-    With `seeds_apart` every run is a candidate of its own.
-    Raises SpecError for a metric without a better direction.
+    With `seeds_apart` every run is a candidate of its own. Raises SpecError for a metric without a better direction,
+    and for a model, metric, task or anything of `only` that no finished run has, where there are finished runs.
     """
-    rows = queries.runs(database, model=model, status="done")
-    found = [
-        each for each in queries.metrics(database, [row.id for row in rows])
-        if each.name == metric and task in (None, each.task)
-    ]  # fmt: skip
+    every = queries.runs(database, status="done")
+    rows = [row for row in every if model in (None, row.model)]
+    require_known("model", model, [row.model for row in every])
+    measured = queries.metrics(database, [row.id for row in rows])
+    require_known("metric", metric, [each.name for each in measured])
+    of_metric = [each for each in measured if each.name == metric]
+    require_known("task", task, [each.task for each in of_metric])
+    found = [each for each in of_metric if task in (None, each.task)]
     if found and info_of(found[-1]).higher_is_better is None:
         raise SpecError("metric", metric, "a metric of which more, or less, is better")
     samples = queries.clustered_samples_of(database, [each.id for each in found])
@@ -141,7 +172,48 @@ def fields(
         row = by_id[each.run_id]
         fingerprint = (row.spec.get("model") or {}).get("fingerprint", row.model)
         groups.setdefault((fingerprint, row.dtype, each.spec_key, each.n), []).append((row, each))
-    return tuple(_field(rows, samples, floors, seeds_apart) for rows in groups.values())
+    everything = [_field(rows, samples, floors, seeds_apart) for rows in groups.values()]
+    for option in ("protocol", "n", "dtype"):
+        require_known(option, getattr(only, option), [getattr(each, option) for each in everything])
+    chosen = [each for each in everything if only.takes(each)]
+    if everything and not chosen:
+        known = _listed(each.checkpoint for each in everything)
+        raise SpecError("checkpoint", only.checkpoint, f"with the other options, the beginning of one of {known}")
+    return _told_apart(chosen)
+
+
+def require_known(option: str, value: object, known: Sequence[object]) -> None:
+    """SpecError, listing what there is, for a value that is not among what the database has; nothing where it has
+    nothing."""
+    if value is not None and known and value not in known:
+        raise SpecError(option, value, f"the database has {_listed(known)}")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def _told_apart(found: Sequence[Field]) -> tuple[Field, ...]:
+    """The fields, each with what tells it from others of its model, text and protocol."""
+    named = []
+    for field in found:
+        alike = [each for each in found if _same_heading(each, field)]
+        differing = {
+            f"{field.dtype}": {each.dtype for each in alike},
+            f"n = {field.n}": {each.n for each in alike},
+            f"checkpoint {field.checkpoint[:8]}": {each.checkpoint for each in alike},
+        }
+        named.append(replace(field, apart=", ".join(word for word, values in differing.items() if len(values) > 1)))
+    return tuple(
+        replace(field, apart=", ".join(filter(None, (field.apart, f"evaluation {field.spec_key[:8]}"))))
+        if sum(_same_heading(each, field) and each.apart == field.apart for each in named) > 1
+        else field
+        for field in named
+    )
+
+
+def _same_heading(one: Field, other: Field) -> bool:
+    return (one.model, one.task, one.protocol) == (other.model, other.task, other.protocol)
 
 
 def judged(candidates: Sequence[Candidate], alpha: float = 0.05) -> tuple[Judged, ...]:
@@ -204,6 +276,7 @@ def _field(
     first = rows[0]
     return Field(
         model=first[0].model,
+        checkpoint=(first[0].spec.get("model") or {}).get("fingerprint", first[0].model),
         dtype=first[0].dtype,
         task=first[1].task,
         protocol=first[1].protocol,

@@ -29,6 +29,10 @@ def add_commands(commands: argparse._SubParsersAction, shared: argparse.Argument
     asking.add_argument("--model", help="only this model")
     asking.add_argument("--metric", default="ppl", help="default: %(default)s")
     asking.add_argument("--task", help="only this text or task")
+    asking.add_argument("--protocol", help="only this protocol, such as window-2048")
+    asking.add_argument("--n", type=int, metavar="N", help="only measurements of so many items")
+    asking.add_argument("--dtype", help="only this dtype")
+    asking.add_argument("--checkpoint", metavar="SHA", help="only the checkpoint whose fingerprint begins so")
     asking.add_argument("--alpha", type=float, default=0.05, help="significance level; default: %(default)s")
     asking.add_argument(
         "--allow", default="", metavar="MIXTURES", help="footnote instead of refusing: code, dirty, or all"
@@ -89,6 +93,13 @@ def share(text: str) -> float:
     return _measure("min-recovery", text, {"": 1, "%": 0.01}, str.lower, "0.99 or 99%")
 
 
+def count(option: str, value: int) -> int:
+    """The number itself; SpecError if it is negative."""
+    if value < 0:
+        raise SpecError(option, value, "0 or more")
+    return value
+
+
 def _measure(option: str, text: str, units: Mapping[str, float], case: Callable[[str], str], accepted: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z%]*)\s*", text)
     unit = case(found[2]) if found else None
@@ -101,6 +112,7 @@ def _best(database: Database, options: argparse.Namespace) -> int:
     from analysis.tables.best_practice import best_practice, best_practice_table
 
     budgets = (None, *(duration(each, "budget") for each in options.budget or ()))
+    count("worse", options.worse)
     found = best_practice(database, budgets_s=budgets, **_asked(options))
     return _show(best_practice_table(found, worse=options.worse, alpha=options.alpha), options, "best-practice")
 
@@ -110,17 +122,20 @@ def _recommend(database: Database, options: argparse.Namespace) -> int:
     from analysis.tables.recommendation import recommendation_table
 
     wishes = Wishes(
-        max_bytes=options.max_size and size(options.max_size),
+        max_bytes=None if options.max_size is None else size(options.max_size),
         kernel=options.kernel,
-        min_recovery=options.min_recovery and share(options.min_recovery),
-        max_calib_s=options.max_calib and duration(options.max_calib, "max-calib"),
+        min_recovery=None if options.min_recovery is None else share(options.min_recovery),
+        max_calib_s=None if options.max_calib is None else duration(options.max_calib, "max-calib"),
         certain=options.certain,
     )
+    count("rejected", options.rejected)
     found = recommend(database, wishes, **_asked(options))
+    table = recommendation_table(found, rejected=options.rejected)
     if options.json:
         print(json.dumps(found.as_json() if found else {"recipes": []}, indent=2, ensure_ascii=False))
-        return 0 if found and found.ranked else 1
-    _show(recommendation_table(found, rejected=options.rejected), options, "recommendation")
+        _write(table, options, "recommendation")
+    else:
+        _show(table, options, "recommendation")
     return 0 if found and found.ranked else 1
 
 
@@ -161,10 +176,13 @@ def _align(database: Database, options: argparse.Namespace) -> int:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, object]:
+    from analysis.candidates import Only
+
     if not 0 < options.alpha < 1:
         raise SpecError("alpha", options.alpha, "a number between 0 and 1, such as 0.05")
     return {
         **{"model": options.model, "metric": options.metric, "task": options.task, "alpha": options.alpha},
+        "only": Only(protocol=options.protocol, n=options.n, dtype=options.dtype, checkpoint=options.checkpoint),
         "allow": [each for each in options.allow.split(",") if each],
     }
 
@@ -173,17 +191,25 @@ def _show(table: "Plain", options: argparse.Namespace, stem: str | None) -> int:
     """Print the table, as JSON where that was asked for, and write its files (without a `stem` it has none)."""
     from rich.console import Console
 
-    from analysis.tables.render import OnTerminal, write
+    from analysis.tables.render import OnTerminal
 
     if options.json:
         notes = {"caption": table.caption, "footnotes": [text for _, text in table.footnotes]}
         rows = json.loads(table.frame.to_json(orient="records"))
         print(json.dumps({"title": table.title, "rows": rows} | notes, indent=2, ensure_ascii=False))
+        _write(table, options, stem)
         return 0
     console = Console()
     if not console.is_terminal:  # a file has no width of its own
         console = Console(width=_FILE_COLUMNS)
     console.print(OnTerminal(table))
-    for path in write(table, options.out, stem) if options.out and stem else ():
-        console.print(f"  wrote {path}", highlight=False, soft_wrap=True)
+    _write(table, options, stem)
     return 0
+
+
+def _write(table: "Plain", options: argparse.Namespace, stem: str | None) -> None:
+    """The table's files, where they were asked for, and their names, beside JSON on the error stream."""
+    from analysis.tables.render import write
+
+    for path in write(table, options.out, stem) if options.out and stem else ():
+        print(f"  wrote {path}", file=sys.stderr if options.json else sys.stdout)

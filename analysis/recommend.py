@@ -7,9 +7,9 @@ reason, and each recipe with the runs that are its evidence.
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-from analysis.candidates import Candidate, Field, Judged, fields, judged
+from analysis.candidates import Candidate, Field, Judged, Only, fields, judged
 from analysis.claims import Cell, Checked, check
 from analysis.serving import kernel as kernel_named
 from analysis.tables.render import number, with_error
@@ -80,6 +80,7 @@ def recommend(
     model: str | None = None,
     metric: str = "ppl",
     task: str | None = None,
+    only: Only = Only(),  # noqa: B008 (frozen)
     alpha: float = 0.05,
     allow: Collection[str] = (),
 ) -> Recommendation | None:
@@ -89,12 +90,16 @@ def recommend(
     evaluations with this metric, EvaluationError where its numbers must not be compared (`analysis.claims`).
     """
     _require(wishes)
-    found = [each for each in fields(database, metric=metric, task=task, model=model) if each.candidates]
+    found = [each for each in fields(database, metric=metric, task=task, model=model, only=only) if each.candidates]
     if not found:
         return None
     for option, given, values in (
-        ("model", model, [f"{each.model} ({each.dtype})" for each in found]),
-        ("task", task, [f"{each.task} {each.protocol} n={each.n}" for each in found]),
+        ("model", model, [each.model for each in found]),
+        ("task", task, [each.task for each in found]),
+        ("protocol", only.protocol, [each.protocol for each in found]),
+        ("n", only.n, [str(each.n) for each in found]),
+        ("dtype", only.dtype, [str(each.dtype) for each in found]),
+        ("checkpoint", only.checkpoint, [each.checkpoint[:12] for each in found]),
     ):
         if len(set(values)) > 1:
             raise SpecError(option, given, f"say which: the database has {', '.join(dict.fromkeys(values))}")
@@ -107,8 +112,11 @@ def recommend(
     for each in chosen.candidates:
         reasons = refusals(each, wishes)
         (rejected.append(Rejected(candidate=each, reasons=reasons)) if reasons else fits.append(each))
-        # Without metrics: those of one field have one protocol and the same items by construction.
-    cells = [Cell(where=each.label, run=run) for each in everyone(chosen) for run in each.runs]
+    cells = [
+        Cell(where=each.label, run=run, metric=replace(each.metric, run_id=run.id))
+        for each in everyone(chosen)
+        for run in each.runs
+    ]
     return Recommendation(
         field=chosen,
         wishes=wishes,
@@ -151,6 +159,8 @@ def _require(wishes: Wishes) -> None:
     ):
         if value is not None and not 0 < value < math.inf:
             raise SpecError(option, value, "a positive number")
+    if wishes.min_recovery is not None and wishes.min_recovery > 1:
+        raise SpecError("min-recovery", wishes.min_recovery, "a share of full precision's quality: 0.99 or 99%")
     if wishes.certain and wishes.min_recovery is None:
         raise SpecError("certain", True, "only together with min-recovery")
     if wishes.kernel is not None:

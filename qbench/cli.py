@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from analysis.commands import add_commands
 from analysis.drilldown import add_commands as add_drilldown
-from qbench.errors import QbenchError, SpecError
+from qbench.errors import AssetError, QbenchError, SpecError
 from qbench.store import queries
 from qbench.store.database import Database
 from qbench.store.owner import state
@@ -46,11 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.rest = rest  # argparse takes no more positional arguments once an option has come
         if options.command in (_doctor, _fill, _findings):  # they don't need a database to be there
             return options.command(options)
+        out = getattr(options, "out", None)
+        if out is not None and options.command not in (_report, _export):  # which write a file, and say it themselves
+            _require_folder(out)
         with Database(options.store, create=options.command is _merge) as database:
             return options.command(database, options)
     except QbenchError as error:
         print(f"qbench: {error}", file=sys.stderr)
         return 2
+
+
+def _require_folder(out: Path) -> None:
+    """AssetError for a folder that cannot be made or written to, before any work is done for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AssetError(f"--out={out}: {error.strerror or error}; name a folder that you can write to") from error
+    if not os.access(out, os.W_OK):
+        raise AssetError(f"--out={out}: not writable; name a folder that you can write to")
 
 
 def _parser() -> argparse.ArgumentParser:

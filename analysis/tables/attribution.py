@@ -14,7 +14,7 @@ def attribution_table(found: Sequence[Attribution], alpha: float = 0.05) -> Plai
     rows, groups, records, notes = [], [], [], {}
     for each in found:
         group = (
-            f"{each.field.model} · {each.response} on {each.field.task} ({each.field.protocol}), {each.points} points"
+            f"{each.field.name} · {each.response} on {each.field.task} ({each.field.protocol}), {each.points} points"
         )
         texts = [*each.notes, *(note.text for note in each.checked.footnotes)]
         marks = tuple(notes.setdefault(text, len(notes) + 1) for text in texts)

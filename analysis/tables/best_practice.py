@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.axes import axis_levels
-from analysis.candidates import Candidate, Field, Judged, fields, judged
+from analysis.candidates import Candidate, Field, Judged, Only, fields, judged
 from analysis.claims import Cell, Checked, check
 from analysis.tables.labels import pipeline_labels
 from analysis.tables.render import Entry, Plain, number, with_error
@@ -51,6 +51,7 @@ def best_practice(
     metric: str = "ppl",
     task: str | None = None,
     model: str | None = None,
+    only: Only = Only(),  # noqa: B008 (frozen)
     budgets_s: Sequence[float | None] = (None,),
     alpha: float = _ALPHA,
     allow: Collection[str] = (),
@@ -65,7 +66,7 @@ def best_practice(
         if budget is not None and not budget > 0:
             raise SpecError("budget", budget, "a positive time in seconds")
     found = []
-    for field in fields(database, metric=metric, task=task, model=model):
+    for field in fields(database, metric=metric, task=task, model=model, only=only):
         for scheme in dict.fromkeys(each.scheme for each in field.candidates):
             of_scheme = [each for each in field.candidates if each.scheme == scheme]
             for budget in dict.fromkeys(budgets_s):
@@ -128,7 +129,7 @@ def _checked(database: Database, field: Field, ordered: Sequence[Judged], allow:
 
 
 def _group(choice: Choice, with_metric: bool) -> str:
-    words = [choice.field.model, choice.scheme]
+    words = [choice.field.name, choice.scheme]
     words += [f"within {number(choice.budget_s)} s"] if choice.budget_s is not None else []
     words += [_titled(choice.field)] if with_metric else []
     return " · ".join(words)

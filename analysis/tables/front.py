@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.candidates import require_known
 from analysis.claims import Cell, Checked, check
 from analysis.costs import BITS, Cost, cost_of
 from analysis.pareto import figure_points, write_figure
@@ -59,6 +60,10 @@ def fronts(
     by_id = {run.id: run for run in runs}
     measured = queries.metrics(database, by_id)
     mine = [each for each in measured if metric in (None, each.name) and task in (None, each.task)]
+    every = queries.runs(database, status="done")
+    require_known("model", model, [run.model for run in every])
+    require_known("y", metric, [each.name for each in measured])
+    require_known("task", task, [each.task for each in measured if metric in (None, each.name)])
     if not mine:
         return ()
     known, values = cost_of(database, runs, cost)
@@ -85,7 +90,7 @@ def fronts_table(found: Sequence[Front], *, metric: str, cost: str) -> Plain:
     """The points of each front, cheapest first, below full precision; the frame has the dominated ones, too."""
     label = found[0].cost.label if found else cost
     columns = ("point", label, "value ± SE", "", "dominates", "run")
-    rows, groups, notes = [], [], {}
+    rows, groups, headings, notes = [], [], set(), {}
     for each in found:
         points = each.points
         shown = points[points["on_front"]].sort_values("x", ascending=not each.cost.higher_is_better)
@@ -93,6 +98,9 @@ def fronts_table(found: Sequence[Front], *, metric: str, cost: str) -> Plain:
         metric_info = each.evaluation.metric
         group = f"{each.model}: {metric_info.label} {metric_info.arrow} on {each.evaluation.task} "
         group += f"({each.evaluation.protocol}, {each.points['n'].iloc[0]} {each.evaluation.items})"
+        if group in headings:  # other options of an evaluation with the same protocol
+            group += f", evaluation {each.evaluation.spec_key[:8]}"
+        headings.add(group)
         for place, row in shown.iterrows():
             marks = [notes.setdefault(n.text, len(notes) + 1) for n in each.checked.footnotes if place in n.cells]
             rows.append(_row(row, points, each.cost, metric_info.higher_is_better, tuple(marks)))

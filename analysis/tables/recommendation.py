@@ -4,6 +4,7 @@ import pandas as pd
 
 from analysis.axes import axis_levels
 from analysis.recommend import Recommendation, as_plain, everyone, megabytes
+from analysis.tables.labels import pipeline_labels
 from analysis.tables.render import Entry, Plain, number, with_error
 
 
@@ -30,17 +31,18 @@ def recommendation_table(found: Recommendation | None, *, rejected: int = 5) -> 
     shown = found.rejected[:rejected]
     listed = [*(each.candidate for each in found.ranked), *(each.candidate for each in shown)]
     levels = axis_levels([each.runs[0] for each in listed])
+    pipelines = pipeline_labels([each.runs[0] for each in listed])
     reasons = [*(each.reason for each in found.ranked), *("; ".join(each.reasons) for each in shown)]
     ranks = [*map(str, range(1, len(found.ranked) + 1)), *("" for _ in shown)]
     places = {key: i for i, key in enumerate(k for c in everyone(field_) for k in c.keys)}
     rows = []
-    for rank, each, level, reason in zip(ranks, listed, levels, reasons, strict=True):
+    for rank, each, level, pipeline, reason in zip(ranks, listed, levels, pipelines, reasons, strict=True):
         marks = {mark for key in each.keys for mark in found.checked.marks(places[key])}
         low = "" if each.recovery_low is None else f" (≥ {each.recovery_low:.4f})"
         rows.append(
             (
                 Entry(rank),
-                Entry(each.runs[0].algo, bold=rank == "1", notes=tuple(sorted(marks))),
+                Entry(pipeline, bold=rank == "1", notes=tuple(sorted(marks))),
                 Entry(level["calibration"]),
                 Entry(each.scheme),
                 Entry(with_error(each.value, each.metric.stderr, least=2), bold=rank == "1"),

@@ -111,7 +111,9 @@ def test_an_unknown_cost_or_an_ambiguous_one_is_one_line(planted, store):
         fronts(planted, cost="tokens_per_s")
     assert front_of(planted, cost="tokens_per_s@prefill").points["x"].dropna().tolist() == [10.0]
     assert cost_of(planted, queries.runs(planted), "tokens_per_s@decode")[0].unit == "tokens/s"
-    assert fronts(planted, metric="acc") == ()
+    for asked in ({"metric": "acc"}, {"model": "other"}, {"task": "wiki"}):
+        with pytest.raises(SpecError, match="the database has "):
+            fronts(planted, **asked)
 
 
 def axes_of(found):
