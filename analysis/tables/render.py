@@ -6,7 +6,7 @@ from a database: every form escapes what would otherwise be markup.
 
 import html as html_text
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pandas as pd
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,9 @@ _LATEX = {
     **{"≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$", "−": "$-$", "–": "--", "…": r"\dots{}", "·": r"$\cdot$"},
     **{"<": "$<$", ">": "$>$"},
 }
+_VERDICTS = ("standing", "verdict")
+_FOLDED = 30  # letters of a column of texts, at least
+_GAP, _INDENT, _DOT = 2, 4, " · "
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#])")
 
 
@@ -141,20 +145,23 @@ def write(table: Plain, folder: Path, stem: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class OnTerminal:
-    """The table for `rich`."""
+    """The table for `rich`: where it is wider than the terminal, what does not fit stands below each row."""
 
     table: Plain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        table = self.table
+        table, room = self.table, options.max_width
         yield Text(table.title, style="bold")
-        if any(table.groups):  # a line above each part: as a row it would widen the first column
-            widths = [max(map(cell_len, cells)) for cells in zip(table.columns, *_texts(table), strict=True)]
-            for place, (name, rows) in enumerate(table.parts()):
+        widths = [max(map(cell_len, cells)) for cells in zip(table.columns, *_texts(table), strict=True)]
+        fits = _is_within(table, widths, room)
+        kept = {} if fits else _leading(table, widths, room)
+        for place, (name, rows) in enumerate(table.parts()):
+            if name:  # a line above each part: as a row it would widen the first column
                 yield Text(name, style="italic")
+            if fits:
                 yield self._drawn(rows, widths, header=place == 0)
-        elif table.rows:
-            yield self._drawn(table.rows, [0] * len(table.columns), header=True)
+            else:
+                yield from self._stacked(rows, kept, room, header=place == 0)
         yield Text(table.caption, style="italic")
         for number, text in table.footnotes:
             yield Text(f"[{number}] {text}")
@@ -164,13 +171,42 @@ class OnTerminal:
         last = len(widths) - 1  # the one that may be folded: it holds texts where texts are long
         for index, (name, width) in enumerate(zip(self.table.columns, widths, strict=True)):
             right = self.table.is_numeric(index)
-            least = None if index == last else width
             drawn.add_column(
-                Text(name), justify="right" if right else "left", no_wrap=right, overflow="fold", min_width=least
+                Text(name),
+                justify="right" if right else "left",
+                no_wrap=right,
+                overflow="fold",
+                min_width=None if index == last and not right else width,
             )
         for row in rows:
-            drawn.add_row(*(Text(_plain(entry), style="bold" if entry.bold else "") for entry in row))
+            drawn.add_row(*map(_styled, row))
         return drawn
+
+    def _stacked(
+        self, rows: Sequence[tuple[Entry, ...]], kept: Mapping[int, int], room: int, *, header: bool
+    ) -> Iterator[RenderableType]:
+        """Rows of the columns `kept` (index to width), each above its other cells as `name value · name value`."""
+        columns = self.table.columns
+
+        def line(cells: Sequence[Text]) -> Table:
+            drawn = Table.grid(padding=(0, _GAP, 0, 0))
+            for index, width in kept.items():
+                right = self.table.is_numeric(index)
+                drawn.add_column(width=width, justify="right" if right else "left", overflow="fold")
+            drawn.add_row(*(cells[index] for index in kept))
+            return drawn
+
+        yield Text()
+        if header:
+            yield line([Text(name, style="bold") for name in columns])
+            yield Text("─" * _extent(kept.values()))
+        for row in rows:
+            yield line([_styled(entry) for entry in row])
+            others = [(name, entry) for i, (name, entry) in enumerate(zip(columns, row, strict=True)) if i not in kept]
+            said = [Text.assemble((name, "dim"), " ", _styled(entry)) for name, entry in others if entry.text]
+            if said:
+                yield Padding(_packed(said, room - _INDENT), (0, 0, 0, _INDENT))
+        yield Text()
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
@@ -199,6 +235,43 @@ def _texts(table: Plain) -> list[tuple[str, ...]]:
 
 def _plain(entry: Entry) -> str:
     return entry.text + "".join(f" [{each}]" for each in entry.notes)
+
+
+def _styled(entry: Entry) -> Text:
+    return Text(_plain(entry), style="bold" if entry.bold else "")
+
+
+def _is_within(table: Plain, widths: Sequence[int], room: int) -> bool:
+    """Whether all columns fit between the rules, the last one folded where it holds texts."""
+    last = widths[-1:] if table.is_numeric(len(widths) - 1) else [min(width, _FOLDED) for width in widths[-1:]]
+    return sum([*widths[:-1], *last]) + 3 * len(widths) - 1 <= room
+
+
+def _leading(table: Plain, widths: Sequence[int], room: int) -> dict[int, int]:
+    """Index and width of the columns that have room on a row's first line: those that name the row up to the first
+    text, folded at half of the room, its verdict, then whatever fits."""
+    names = next((i for i in range(len(widths)) if not table.is_numeric(i) and table.columns[i]), 0)
+    first = [*range(names + 1), *(i for i, column in enumerate(table.columns) if column in _VERDICTS)]
+    kept = {index: min(widths[index], room // 2) for index in first}
+    for index in range(names + 1, len(widths)):
+        if index not in kept and _extent([*kept.values(), widths[index]]) <= room:
+            kept[index] = widths[index]
+    return dict(sorted(kept.items()))
+
+
+def _extent(widths: Collection[int]) -> int:
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _packed(said: Sequence[Text], room: int) -> Text:
+    """The texts with dots between them, in lines that break between texts where they can."""
+    lines: list[Text] = []
+    for text in said:
+        if lines and lines[-1].cell_len + cell_len(_DOT) + text.cell_len <= room:
+            lines[-1] = Text(_DOT).join([lines[-1], text])
+        else:
+            lines.append(text)
+    return Text("\n").join(lines)
 
 
 def _tex(text: str) -> str:

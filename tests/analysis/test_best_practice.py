@@ -178,6 +178,33 @@ def test_the_table_shows_best_and_tied_with_costs_and_evidence(database, planted
     assert "tiny · int4_g64_asym" in shown.getvalue()
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_a_terminal_of_any_width_shows_every_cell_of_every_row(database, planted, width):
+    planted()
+    table = best_practice_table(best_practice(database), worse=1)
+    shown = io.StringIO()
+    Console(file=shown, width=width).print(OnTerminal(table))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(not line.strip() for line in lines) <= 4
+    rest = " ".join(shown.getvalue().split())
+    for row in table.rows:
+        first = next(line for line in lines if line.strip().startswith(row[0].text))
+        assert row[5].text in first
+        assert all(entry.text in rest for entry in row)
+
+
+def test_a_name_as_wide_as_the_terminal_is_folded():
+    rows = tuple((Entry("x" * 90), Entry("1.5"), Entry("a reason " * 9), Entry(word)) for word in ("better", "worse"))
+    table = Plain(title="", columns=("name", "value", "why", "verdict"), rows=rows, caption="")
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(OnTerminal(table))
+    lines = shown.getvalue().splitlines()
+    assert sum(line.count("x") for line in lines) == 180
+    assert [line.split()[-1] for line in lines if "1.5" in line] == ["better", "worse"]
+    assert sum(line.count("reason") for line in lines) == 18
+
+
 def test_the_table_names_few_of_many_seeds(database, store):
     for seed in range(10):
         store("gptq", 4, measured(around(3.0, 0.1, seed)), calib_seed=seed, spec={"seed": seed}, family=sha("g"))
