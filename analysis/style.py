@@ -33,21 +33,41 @@ class Mark:
 
 
 _KNOWN = {"rtn": Mark(_ORANGE, "s"), "gptq": Mark(_BLUE, "o"), "awq": Mark(_GREEN, "^")}
-_OTHERS = tuple(Mark(colour, marker) for marker in "DvPX*p<>" for colour in (_VERMILION, _PURPLE, _SKY))
+_MARKERS = "DvPX*p<>"
+_OTHERS = tuple(Mark(colour, marker) for marker in _MARKERS for colour in (_VERMILION, _PURPLE, _SKY))
 
 
-def marks(algorithms: Iterable[str]) -> dict[str, Mark]:
-    """A different mark for each algorithm, in a colour of its own as far as the colours go.
+def marks(series: Iterable[str]) -> dict[str, Mark]:
+    """A different mark for each series ("gptq", "gptq, inputs int8_token") in the colour of its algorithm.
 
-    An algorithm that is not among the known ones gets the mark that its name hashes to, unless another one of
-    the same figure has taken it or its colour. When all marks are taken, some stand for several.
+    The first series of an algorithm has the algorithm's mark. When all marks are taken, some stand for several.
     """
-    names = sorted(set(algorithms))
+    names = sorted(set(series))
+    of_algorithm = _algorithm_marks(sorted({_algorithm(name) for name in names}))
+    unused, taken, found = dict(of_algorithm), set(of_algorithm.values()), dict[str, Mark]()
+    for name in names:
+        mark = of_algorithm[_algorithm(name)]
+        if unused.pop(_algorithm(name), None) is None:
+            others = (Mark(mark.colour, marker) for marker in _MARKERS)
+            mark = next((other for other in others if other not in taken), mark)
+            taken.add(mark)
+        found[name] = mark
+    return found
+
+
+def _algorithm(series: str) -> str:
+    return series.partition(",")[0]
+
+
+def _algorithm_marks(names: Sequence[str]) -> dict[str, Mark]:
+    """Known algorithms have their own marks. The others get the mark that their name hashes to, unless another one of
+    the same figure has taken it or its colour; colours of known algorithms that are not there come after the rest."""
     found = {name: _KNOWN[name] for name in names if name in _KNOWN}
     for name in (name for name in names if name not in _KNOWN):
         start = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(_OTHERS)
         turned = (*_OTHERS[start:], *_OTHERS[:start])
-        candidates = [mark for mark in turned if mark not in found.values()] or turned
+        spare = (Mark(known.colour, marker) for known in _KNOWN.values() for marker in _MARKERS)
+        candidates = [mark for mark in (*turned, *spare) if mark not in found.values()] or turned
         colours = {mark.colour for mark in found.values()}
         found[name] = next((mark for mark in candidates if mark.colour not in colours), candidates[0])
     return found
