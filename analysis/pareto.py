@@ -6,7 +6,6 @@ weights stay in full precision (only inputs or the cache are quantized) stand be
 """
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from matplotlib.figure import Figure
 from analysis.costs import BITS, RUN_COSTS, Cost
 from analysis.front import knee, pareto_front
 from analysis.pareto_axes import draw, is_logarithmic
-from analysis.style import house_style
+from analysis.style import house_style, wrapped
 from analysis.tables.sweep import Evaluation, SweepTable
 from qbench.metrics import MetricInfo
 
 _LEGEND_LINE = 0.19  # inches
+_CAPTION_POINTS = 6.5
 
 
 def pareto_figures(table: SweepTable, folder: Path, stem: str = "pareto") -> list[Path]:
@@ -153,7 +153,8 @@ def figure(points: pd.DataFrame, evaluation: Evaluation, cost: Cost = BITS, text
         lines = sum(text.get_text().count("\n") + 1 for text in legend.get_texts())
         drawn.set_figheight(max(drawn.get_figheight(), _LEGEND_LINE * lines + 1))  # and has room above the text
         if text:
-            drawn.supxlabel(textwrap.fill(text, 125), fontsize=6.5, color="#444444", x=0.01, ha="left")
+            text = wrapped(text, drawn.get_figwidth() - 0.2, _CAPTION_POINTS)
+            drawn.supxlabel(text, fontsize=_CAPTION_POINTS, color="#444444", x=0.01, ha="left")
     return drawn
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.costs import BITS, Cost
-from analysis.style import Mark, marks
+from analysis.style import Mark, marks, wrapped
 from qbench.metrics import MetricInfo
 
 # Ratio of the largest to the smallest value beyond which a linear axis hides the differences at its foot.
@@ -20,6 +20,7 @@ _FADED = 0.4
 _SLOT_POINTS = 8.0  # how far points that would hide each other are drawn from their place at most, in 1/72 inch
 _LONGEST = 48  # letters of a name
 _MANY = 200  # points beyond which they are drawn where they are, the dominated ones as an image
+_LABEL_HEIGHT = 0.7  # of the figure: what is left of it above the caption
 _BREAK, _BEHIND, _STEP = 0.08, 0.16, 0.1  # of the axis: where it breaks, what stands behind it, and how far apart
 
 
@@ -39,9 +40,6 @@ def draw(points: pd.DataFrame, metric: MetricInfo, axes: Axes, cost: Cost = BITS
         price = "" if np.isnan(row["x"]) else f"\nat {row['x']:,.5g} {cost.unit}".rstrip()
         words = f"{_cut(row['label'])}\n{row['value']:.4g}{price}"
         axes.axhline(row["value"], color="black", linestyle="--", linewidth=1.0, label=words)
-        # Where it would be: off the axis.
-        end = {"marker": ">", "color": "black", "markersize": 5, "clip_on": False}
-        axes.plot([1.0], [row["value"]], transform=axes.get_yaxis_transform(), **end)
     candidates = candidates.assign(x=_places(candidates))
     front = candidates[candidates["on_front"] & ~candidates["beyond"]].sort_values("x")
     if len(front) > 1:
@@ -65,16 +63,38 @@ def draw(points: pd.DataFrame, metric: MetricInfo, axes: Axes, cost: Cost = BITS
         axes.plot([], [], mark.marker, color=mark.colour, label=_cut(series))
     axes.set_xlabel(f"{_cut(cost.label)} (better {cost.arrow})")
     unit = f", {metric.unit}," if metric.unit else ""
-    axes.set_ylabel(f"{metric.quantity} on {_cut(points['task'].iloc[0])}{unit} (better {metric.arrow})")
+    name = f"{metric.quantity} on {_cut(points['task'].iloc[0])}{unit} (better {metric.arrow})"
+    size = axes.yaxis.label.get_fontsize()
+    axes.set_ylabel(wrapped(name, _LABEL_HEIGHT * axes.figure.get_figheight(), size))
     if logarithmic:
         values = candidates["value"] if metric.against_full else points["value"]
         _use_log_scale(axes, values.max() / values.min())
+    quantized = points[points["algo"] != "none"]
     if candidates["beyond"].any():
-        _break_axis(points[points["algo"] != "none"], candidates, axes)
+        _break_axis(quantized, candidates, axes)
     elif candidates["x"].min() > 0 and candidates["x"].max() > LOG_BEYOND * candidates["x"].min():
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    for _, row in baselines[baselines["x"].notna()].iterrows():
+        _mark_baseline(row["x"], row["value"], quantized["x"], candidates["x"], axes)
+
+
+def _mark_baseline(x: float, value: float, costs: pd.Series, places: pd.Series, axes: Axes) -> None:
+    """A mark on full precision's line: at its cost where the axis has it, an arrow towards it where not.
+
+    costs, places: what the quantized points cost and where they stand.
+    """
+    look = {"color": "black", "markersize": 5, "clip_on": False, "zorder": 4}
+    left, right = axes.get_xlim()
+    same, unbroken = places[np.isclose(costs, x)], places[places == costs]
+    place = x if same.empty else same.iloc[0]
+    if left <= place <= right and (not same.empty or len(unbroken) == len(places) or x <= unbroken.max()):
+        axes.plot([place], [value], "D", **look | {"markersize": 9, "markerfacecolor": "none"})  # hides no point
+        axes.set_xlim(left, right)
+    else:
+        end, arrow = (1.0, ">") if place > left else (0.0, "<")
+        axes.plot([end], [value], arrow, transform=axes.get_yaxis_transform(), **look)
 
 
 def _cut(name: str) -> str:

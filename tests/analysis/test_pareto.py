@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from analysis.front import pareto_front
-from analysis.pareto import caption, pareto_figures, plotted_rows
+from analysis.pareto import caption, figure, pareto_figures, plotted_rows
 from analysis.pareto_axes import draw, sideways_slots
 from analysis.style import house_style, marks
 from analysis.tables.sweep import sweep_table
@@ -126,6 +127,43 @@ def test_labels_say_quantity_and_direction_and_the_caption_what_a_reader_needs(d
     assert labels == ["full precision\n28.74\nat 16 bits", "front", "awq", "gptq", "rtn"]
     for word in ("tiny", "c4-sample", "window-512", "40 windows", C4[:12]):
         assert word in caption(points, sweep_table(database, points["key"], [C4]).evaluations[0])
+
+
+@pytest.mark.parametrize(
+    ("full", "beyond", "marker", "place"),
+    [
+        (16.0, False, ">", 1.0),
+        (0.0, False, "<", 0.0),
+        (3.0, False, "D", 3.0),
+        (16.0, True, "D", 4.3 + 0.16 * 2),  # where the point of 16 bits stands, behind the break
+        (4.5, True, ">", 1.0),
+    ],
+)
+def test_full_precision_is_marked_where_it_lies(database, store, full, beyond, marker, place):
+    table = sweep_table(database, sweep(store, [("gptq", 2.3, 40.0), ("awq", 4.3, 35.0), ("hqq", 16.0, 30.0)]), [C4])
+    points = plotted_rows(table, "tiny", table.evaluations[0])
+    points.loc[points["algo"] == "none", "x"] = full
+    points.loc[points["algo"] == "hqq", "beyond"] = True
+    points = points if beyond else points[points["algo"] != "hqq"]
+    axes = Figure().add_subplot()
+    draw(points, table.evaluations[0].metric, axes)
+    (mark,) = [line for line in axes.lines if line.get_color() == "black" and line.get_marker() != "None"]
+    assert mark.get_marker() == marker
+    assert mark.get_xdata()[0] == pytest.approx(place)
+
+
+def test_a_long_name_of_a_metric_stands_beside_the_axis_and_above_the_caption(database, store):
+    table = sweep_table(database, sweep(store, USUAL), [C4])
+    points = plotted_rows(table, "tiny", table.evaluations[0])
+    points["task"] = "top-1 agreement with full precision on a long"
+    made = figure(points, table.evaluations[0], text="caption " * 80)
+    made.canvas.draw()
+    label, below = (text.get_window_extent() for text in (made.axes[0].yaxis.label, made.findobj(_is_caption)[0]))
+    assert below.y1 < label.y0 < label.y1 < made.bbox.y1
+
+
+def _is_caption(artist) -> bool:
+    return isinstance(artist, Text) and artist.get_text().startswith("caption")
 
 
 def test_no_two_points_hide_each_other():
