@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from analysis.layers import LayerMap, contrast, layer_maps
-from analysis.style import house_style
+from analysis.style import house_style, wrapped
 from analysis.tables.labels import point_labels
 from qbench.store.records import LayerMetric, RunRow
 
@@ -25,6 +25,7 @@ from qbench.store.records import LayerMetric, RunRow
 LOG_BEYOND = 20.0
 _MISSING = "#D9D9D9"
 _LINES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"))
+_CAPTION_POINTS = 6.5
 _NAMED = 12  # kinds of modules beyond which not every name fits below a map
 
 
@@ -45,9 +46,8 @@ def layer_figures(
         paths = [base.with_name(f"{base.name}.{suffix}") for suffix in ("pdf", "png", "csv")]
         with house_style():
             figure = draw(maps, labels)
-            width = int(figure.get_figwidth() * 17)
-            text = textwrap.fill(caption(runs, labels, maps), width)
-            figure.supxlabel(text, fontsize=6.5, color="#444444", x=0.01, ha="left")
+            text = wrapped(caption(runs, labels, maps), figure.get_figwidth() - 0.2, _CAPTION_POINTS)
+            figure.supxlabel(text, fontsize=_CAPTION_POINTS, color="#444444", x=0.01, ha="left")
             figure.savefig(paths[0], metadata={"CreationDate": None})  # without a date, equal rows give equal files
             figure.savefig(paths[1])
         drawn_rows(runs, maps).to_csv(paths[2], index=False)
