@@ -22,6 +22,8 @@ _ALPHA = 0.05
 _WORDS = {"best": "best", "tied": "tied", "worse": "worse", "untested": "not tested"}
 _RUNS = 5  # named of a recipe with more seeds; the frame has all
 _ALWAYS_VARIED = ("algo", "options", "calib", "calib_n", "calib_length", "calib_seed")
+_ALWAYS_VARIED += ("model", "dtype", "bits", "act_bits", "kv_bits")  # named by the parts
+_UNCHECKED = Checked()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Choice:
     scheme: str
     budget_s: float | None
     judged: tuple[Judged, ...]
-    checked: Checked
+    checked: Checked = _UNCHECKED
 
     @property
     def best(self) -> Candidate:
@@ -59,7 +61,7 @@ def best_practice(
     """The choices that the finished runs offer; none where there are no quantized points with this metric.
 
     A budget takes the candidates whose mean quantization time is known and within it. Raises SpecError for a budget
-    that is not positive, EvaluationError where numbers of one choice must not be compared (`analysis.claims`), unless
+    that is not positive, EvaluationError where the numbers must not stand in one table (`analysis.claims`), unless
     allowed.
     """
     for budget in budgets_s:
@@ -73,9 +75,8 @@ def best_practice(
                 within = [each for each in of_scheme if _within(each, budget)]
                 if within:
                     ordered = judged(within, alpha)
-                    checked = _checked(database, field, ordered, allow)
-                    found.append(Choice(field=field, scheme=scheme, budget_s=budget, judged=ordered, checked=checked))
-    return tuple(found)
+                    found.append(Choice(field=field, scheme=scheme, budget_s=budget, judged=ordered))
+    return _checked(database, found, allow)
 
 
 def best_practice_table(choices: Sequence[Choice], *, worse: int = 0, alpha: float = _ALPHA) -> Plain:
@@ -115,17 +116,27 @@ def _within(each: Candidate, budget: float | None) -> bool:
     return budget is None or (each.quantize_s is not None and each.quantize_s <= budget)
 
 
-def _checked(database: Database, field: Field, ordered: Sequence[Judged], allow: Collection[str]) -> Checked:
-    """Footnotes by candidate; those of its seeds count as its own, those of full precision as nobody's."""
+def _checked(database: Database, choices: Sequence[Choice], allow: Collection[str]) -> tuple[Choice, ...]:
+    """The choices with their footnotes, by candidate: what is said of a seed is said of its recipe, what is said of
+    full precision alone of nobody. All are checked together, for they stand in one table."""
     owners, cells = [], []
-    everyone = [*(each.candidate for each in ordered), *([field.full] if field.full else [])]
-    for place, candidate in enumerate(everyone):
-        for run in candidate.runs:
-            owners.append(place)
-            cells.append(Cell(where=candidate.label, run=run, metric=replace(candidate.metric, run_id=run.id)))
+    for part, choice in enumerate(choices):
+        full = [choice.field.full] if choice.field.full else []
+        for place, candidate in enumerate([*(each.candidate for each in choice.judged), *full]):
+            for run in candidate.runs:
+                owners.append((part, place))
+                metric = replace(candidate.metric, run_id=run.id)
+                cells.append(Cell(where=candidate.label, run=run, metric=metric, column=_group(choice, True)))
     found = check(database, cells, varied=_ALWAYS_VARIED, allow=allow)
-    notes = [replace(n, cells=tuple(sorted({owners[i] for i in n.cells} - {len(ordered)}))) for n in found.footnotes]
-    return Checked(footnotes=tuple(notes))
+
+    def of(part: int, choice: Choice) -> Checked:
+        notes = []
+        for note in found.footnotes:
+            mine = {place for owner, place in (owners[i] for i in note.cells) if owner == part}
+            notes += [replace(note, cells=tuple(sorted(mine - {len(choice.judged)})))] if mine else []
+        return Checked(footnotes=tuple(notes))
+
+    return tuple(replace(choice, checked=of(part, choice)) for part, choice in enumerate(choices))
 
 
 def _group(choice: Choice, with_metric: bool) -> str:

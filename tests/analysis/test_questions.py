@@ -2,6 +2,7 @@
 refused in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,8 +13,8 @@ from analysis.tables.attribution import attribution_table
 from analysis.tables.best_practice import best_practice, best_practice_table
 from analysis.tables.front import fronts, fronts_table
 from qbench.cli import main
-from qbench.errors import SpecError
-from tests.analysis.conftest import losses, measured, sha
+from qbench.errors import EvaluationError, SpecError
+from tests.analysis.conftest import HERE, losses, measured, sha
 
 
 @pytest.fixture
@@ -142,3 +143,12 @@ def test_recipes_of_one_algorithm_are_told_apart(database, store):
         store("gptq", 4, measured(losses(3.0 + damp)), spec={"pipeline": [stage]})
     table = recommendation_table(recommend(database, Wishes()), rejected=5)
     assert len({row[1].text for row in table.rows}) == 2
+
+
+def test_parts_of_one_table_are_checked_together(database, store):
+    for bits, commit in ((4, "a"), (4, "a"), (3, "b")):
+        store("rtn", bits, measured(losses(3.0)), environment=replace(HERE, git_commit=commit * 40, git_dirty=False))
+    with pytest.raises(EvaluationError, match="several code versions"):
+        best_practice(database)
+    table = best_practice_table(best_practice(database, allow=["code"]))
+    assert [row[0].notes for row in table.rows] == [(), (1,)]
