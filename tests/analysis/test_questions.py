@@ -146,9 +146,9 @@ def test_recipes_of_one_algorithm_are_told_apart(database, store):
 
 
 def test_parts_of_one_table_are_checked_together(database, store):
-    for bits, commit in ((4, "a"), (4, "a"), (3, "b")):
-        store("rtn", bits, measured(losses(3.0)), environment=replace(HERE, git_commit=commit * 40, git_dirty=False))
+    for algo, bits, commit in (("rtn", 4, "a"), ("gptq", 4, "a"), ("rtn", 3, "b")):
+        store(algo, bits, measured(losses(3.0)), environment=replace(HERE, git_commit=commit * 40, git_dirty=False))
     with pytest.raises(EvaluationError, match="several code versions"):
         best_practice(database)
     table = best_practice_table(best_practice(database, allow=["code"]))
-    assert [row[0].notes for row in table.rows] == [(), (1,)]
+    assert [row[0].notes for row in table.rows] == [(), (), (1,)]
