@@ -169,7 +169,8 @@ def layers_to_draw(database: Database, runs: Sequence[RunRow]) -> list[list[Laye
     found = [queries.layer_metrics(database, run.id) for run in runs]
     for run, rows in zip(runs, found, strict=True):
         if not metric_names(rows):
-            why = "full precision has none" if run.algo == "none" else f"it is {run.status}"
+            ended = "it stored none" if run.status == "done" else f"it is {run.status}"
+            why = "full precision has none" if run.algo == "none" else ended
             raise SpecError("run", run.id, f"a run with layer metrics; {why}")
     return found
 

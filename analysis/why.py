@@ -172,11 +172,14 @@ def _no_layers(a: RunRow, b: RunRow, rows: Sequence[Sequence[LayerMetric]]) -> s
     return None
 
 
+_WITHOUT_INPUTS = ": the other's method collected no input statistics for it"
+
+
 def _lacking(rows: Sequence[Sequence[LayerMetric]]) -> list[str]:
     """What only one run has of the errors."""
     names = [set(metric_names(mine)) for mine in rows]
     return [
-        f"only {'A' if name in names[0] else 'B'} has {name}: the other's method collected no input statistics for it"
+        f"only {'A' if name in names[0] else 'B'} has {name}{_WITHOUT_INPUTS if name == 'output_error' else ''}"
         for name in ERRORS
         if (name in names[0]) != (name in names[1])
     ]

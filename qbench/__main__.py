@@ -17,7 +17,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
         from qbench import cli
 
-        return cli.main(arguments)
+        try:
+            code = cli.main(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has seen enough; nothing is left to be written at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return code
     from qbench.command import run_command
 
     # Hydra prints its own multi-line reports unless told to let exceptions through.
