@@ -105,9 +105,9 @@ def attribute(
             require_known("algo", each, [candidate.runs[0].algo for candidate in field.candidates])
         points = [each for each in field.candidates if algos is None or each.runs[0].algo in algos]
         cells = [
-            Cell(where=each.label, run=run, metric=replace(each.metric, run_id=run.id))
+            Cell(where=each.label, run=run, metric=metric)
             for each in points
-            for run in each.runs
+            for run, metric in zip(each.runs, each.measured, strict=True)
         ]
         checked = check(database, cells, varied=_VARIED, allow=allow)
         one = _attribution(replace(field, candidates=tuple(points)), interactions, resamples, seed)

@@ -31,7 +31,8 @@ Standing = Literal["best", "tied", "worse", "untested"]
 class Candidate:
     """One recipe under one evaluation.
 
-    `runs` are its seeds, `metric` the value over all of them and `items` the values behind it. `delta` is the
+    `runs` are its seeds, `measured` the value of each, `metric` the value over all of them and `items` the values
+    behind it. `delta` is the
     difference from full precision in the metric's unit with its paired standard error. `recovery` is the share of full
     precision's quality that is left (1: all of it), full / own for what is better when lower, else own / full;
     `recovery_low` is the lower end of its one-sided 95 % interval. `noise` is the standard deviation of the value by
@@ -41,6 +42,7 @@ class Candidate:
     label: str
     scheme: str
     runs: tuple[RunRow, ...]
+    measured: tuple[MetricRow, ...]
     metric: MetricRow
     info: MetricInfo
     items: Samples | None
@@ -311,6 +313,7 @@ def _candidate(
         label=label,
         scheme=scheme_of(run),
         runs=tuple(run for run, _ in members),
+        measured=tuple(metrics),
         metric=replace(metrics[0], value=value, stderr=stderr),
         info=info,
         items=items,

@@ -7,7 +7,7 @@ reason, and each recipe with the runs that are its evidence.
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from analysis.candidates import Candidate, Field, Judged, Only, fields, judged
 from analysis.claims import Cell, Checked, check
@@ -113,9 +113,9 @@ def recommend(
         reasons = refusals(each, wishes)
         (rejected.append(Rejected(candidate=each, reasons=reasons)) if reasons else fits.append(each))
     cells = [
-        Cell(where=each.label, run=run, metric=replace(each.metric, run_id=run.id))
+        Cell(where=each.label, run=run, metric=metric)
         for each in everyone(chosen)
-        for run in each.runs
+        for run, metric in zip(each.runs, each.measured, strict=True)
     ]
     return Recommendation(
         field=chosen,

@@ -123,9 +123,8 @@ def _checked(database: Database, choices: Sequence[Choice], allow: Collection[st
     for part, choice in enumerate(choices):
         full = [choice.field.full] if choice.field.full else []
         for place, candidate in enumerate([*(each.candidate for each in choice.judged), *full]):
-            for run in candidate.runs:
+            for run, metric in zip(candidate.runs, candidate.measured, strict=True):
                 owners.append((part, place))
-                metric = replace(candidate.metric, run_id=run.id)
                 cells.append(Cell(where=candidate.label, run=run, metric=metric, column=_group(choice, True)))
     found = check(database, cells, varied=_ALWAYS_VARIED, allow=allow)
 
