@@ -68,26 +68,51 @@ class Plain:
 
 #: Around a tabular: its own width, or the line's where that is less.
 TEX_FITTED = (r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", "}")
+_PAGE_ROWS = 45
+_OFF_PAPER = ("runs", "peak MB")  # columns
+_LINE = 36  # letters of a cell beyond which it is broken into lines
 #: Room between a caption and the table below it: classes such as `article` expect captions below.
 TEX_GAP = r"\setlength{\belowcaptionskip}{6pt}"
 
 
 def latex(table: Plain, label: str = "") -> str:
-    """A `table` environment for a document with \\usepackage{booktabs,graphicx}."""
-    align = "".join("r" if table.is_numeric(i) else "l" for i in range(len(table.columns)))
-    lines = [r"\begin{table}", r"\centering", TEX_GAP, rf"\caption{{{_tex(table.title)}}}"]
-    lines += [rf"\label{{{label}}}"] if label else []
-    lines += [TEX_FITTED[0], rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
-    lines += [" & ".join(map(_tex, table.columns)) + r" \\"]
-    for name, rows in table.parts():
-        lines.append(r"\midrule")
+    """A `table` environment for a document with \\usepackage{booktabs,graphicx}.
+
+    Where there are more than 45 rows a `longtable` over several pages, which needs \\usepackage{longtable} as well.
+    What is of little use on paper (keys of runs, peak memory) is left to the other forms: the letters stay readable.
+    """
+    shown = [i for i, name in enumerate(table.columns) if name not in _OFF_PAPER]
+    head = " & ".join(_tex(table.columns[i]) for i in shown) + r" \\"
+    long = len(table.rows) > _PAGE_ROWS
+    body = []
+    for place, (name, rows) in enumerate(table.parts()):
+        body += [r"\midrule"] if place or not long else []
         if name:
-            lines += [rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{_tex(name)}}}}} \\"]
-        for row in rows:
-            lines.append(" & ".join(map(_tex_entry, row)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}" + TEX_FITTED[1], r"\par\smallskip\footnotesize", _tex(table.caption)]
-    lines += [rf"\par $^{{{number}}}$ {_tex(text)}" for number, text in table.footnotes]
-    return "\n".join([*lines, r"\end{table}", ""])
+            words = (
+                rf"\parbox[t]{{0.9\linewidth}}{{\raggedright\textit{{{_tex(name)}}}}}"
+                if long
+                else rf"\textit{{{_tex(name)}}}"
+            )
+            body += [rf"\multicolumn{{{len(shown)}}}{{l}}{{{words}}} \\"]
+        body += [" & ".join(_tex_entry(row[i]) for i in shown) + r" \\" for row in rows]
+    align = "".join("r" if table.is_numeric(i) else "l" for i in shown)
+    named = [rf"\caption{{{_tex(table.title)}}}", *([rf"\label{{{label}}}"] if label else [])]
+    below = [r"\par\smallskip\footnotesize\noindent", _tex(table.caption)]
+    below += [rf"\par $^{{{number}}}$ {_tex(text)}" for number, text in table.footnotes]
+    if long:
+        lines = [
+            "% needs booktabs and longtable",
+            r"{\scriptsize\setlength{\tabcolsep}{3pt}",
+            rf"\begin{{longtable}}{{{align}}}",
+            *named,
+            r"\\",
+        ]
+        for end in (r"\endfirsthead", r"\endhead"):
+            lines += [r"\toprule", head, r"\midrule", end]
+        return "\n".join([*lines, *body, r"\bottomrule", r"\end{longtable}", *below, r"\par}", ""])
+    lines = ["% needs booktabs and graphicx", r"\begin{table}", r"\centering", TEX_GAP, *named]
+    lines += [r"\setlength{\tabcolsep}{4pt}", TEX_FITTED[0], rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, *body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}" + TEX_FITTED[1], *below, r"\end{table}", ""])
 
 
 def markdown(table: Plain) -> str:
@@ -281,6 +306,8 @@ def _tex(text: str) -> str:
 def _tex_entry(entry: Entry) -> str:
     text = _tex(entry.text)
     text = rf"\textbf{{{text}}}" if entry.bold and text else text
+    if len(entry.text) > _LINE:
+        text = rf"\parbox[t]{{12em}}{{\raggedright\strut {text}\strut}}"
     return text + (f"$^{{{','.join(map(str, entry.notes))}}}$" if entry.notes else "")
 
 

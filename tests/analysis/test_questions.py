@@ -12,6 +12,7 @@ from analysis.recommend import Wishes, recommend
 from analysis.tables.attribution import attribution_table
 from analysis.tables.best_practice import best_practice, best_practice_table
 from analysis.tables.front import fronts, fronts_table
+from analysis.tables.render import Entry, Plain, latex
 from qbench.cli import main
 from qbench.errors import EvaluationError, SpecError
 from tests.analysis.conftest import HERE, losses, measured, sha
@@ -152,3 +153,12 @@ def test_parts_of_one_table_are_checked_together(database, store):
         best_practice(database)
     table = best_practice_table(best_practice(database, allow=["code"]))
     assert [row[0].notes for row in table.rows] == [(), (), (1,)]
+
+
+@pytest.mark.parametrize("count", [45, 46])
+def test_a_table_longer_than_a_page_goes_on_over_several(count):
+    rows = tuple((Entry(f"r{i}"), Entry("x" * 8)) for i in range(count))
+    text = latex(Plain(title="T", columns=("a", "runs"), rows=rows, numeric=(False, False), caption="C"))
+    assert ("longtable" in text) == (count > 45)
+    assert text.count(r"\endhead") == (count > 45)
+    assert "xxxxxxxx" not in text  # keys of runs are for the other forms
