@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from sqlalchemy import insert
 
+from analysis.report.page import page, report_data
 from qbench.store import queries, schema
 from qbench.store.records import Failure, LayerMetric, Outcome
 from tests.analysis.conftest import HERE, database, losses, measured, sha, store
 
 __all__ = ["HERE", "database", "store"]  # fixtures of the folder above
 
+STORE = "sqlite:///results.db"
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>%%PROGRAM%%"
 PPL = {"gptq": 31.0, "awq": 32.0, "rtn": 36.0, HOSTILE: 34.0}
 SPREAD = {2: 60.0, 3: 9.0, 4: 2.0}
@@ -115,3 +117,8 @@ def visit(browser, tmp_path) -> Iterator[Callable]:
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.pwned") is None
     browser.set_window_size(1280, 1000)
+
+
+@pytest.fixture
+def opened(filled, visit):
+    return visit(page(report_data(filled, STORE)))
