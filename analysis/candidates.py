@@ -32,9 +32,9 @@ class Candidate:
     """One recipe under one evaluation.
 
     `runs` are its seeds, `measured` the value of each, `metric` the value over all of them and `items` the values
-    behind it. `delta` is the
-    difference from full precision in the metric's unit with its paired standard error. `recovery` is the share of full
-    precision's quality that is left (1: all of it), full / own for what is better when lower, else own / full;
+    behind it. `delta` is the difference from full precision in the metric's unit with its paired standard error.
+    `recovery` is the share of full precision's quality that is left (1: all of it), full / own for what is better when
+    lower, else own / full;
     `recovery_low` is the lower end of its one-sided 95 % interval. `noise` is the standard deviation of the value by
     seeds, batch sizes and threads, where known. Seconds are means over the seeds, bytes the largest.
     """
